@@ -1,0 +1,249 @@
+"""From decoded, cropped images to the network: flip, colour, RandAugment, normalize, erase, on batches.
+
+One implementation for both loaders, on the training device. Every decision comes from the draws of
+`data.sampling`; only the noise of erased pixels is drawn here, from torch's generator. Two paths give the
+same bits: one treats all samples alike and never waits for the device (GPUs, torch.compile), one walks
+through pieces that fit a CPU's cache and does for each sample only what was drawn for it.
+Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
+Check: `pytest tests/test_augment.py`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import permutations
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from data.rand_augment import RandAugment, blend, channels, grey, mean_grey
+from data.sampling import (
+    ERASE,
+    ERASE_ATTEMPTS,
+    ERASE_LEFT,
+    ERASE_SHAPE,
+    ERASE_TOP,
+    FLIP,
+    JITTER,
+    JITTER_ORDER,
+)
+from repghost.errors import UserError
+
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with
+
+_CACHED = 2**18  # values of one piece on a CPU: 1 MiB of float32, which a core's cache holds
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Colour jitter: for each strength s a factor uniform in [1 - s, 1 + s], never below 0; s = 0 is off."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+
+    def __call__(self, images: Tensor, uniforms: Tensor, grouped: bool) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 of the integers 0 to 255, each part applied in the order drawn."""
+        strengths = (self.brightness, self.contrast, self.saturation)
+        draws = uniforms[:, JITTER].unbind(1)
+        factors = [_between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(draws, strengths, strict=True)]
+        order = (uniforms[:, JITTER_ORDER].double() * len(ORDERS)).floor().long()
+        return jitter(images, torch.stack(factors, dim=1), order, grouped)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Random erasing (arXiv 1708.04896) of one rectangle: its probability, share of the image, shape.
+
+    area: range of the share; aspect: range of height / width.
+    """
+
+    probability: float
+    area: Sequence[float]
+    aspect: Sequence[float]
+
+    def __call__(self, pixels: Tensor, uniforms: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
+        """float32 [N, 3, H, W]: with noise of N(0, 1) in the rectangle of every sample that has one."""
+        height, width = pixels.shape[2:]
+        boxes = self.boxes(uniforms, height, width)
+        if grouped:
+            for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
+                if h > 0:
+                    image[:, top : top + h, left : left + w] = torch.randn(
+                        3, h, w, generator=generator, device=pixels.device
+                    )
+            return pixels
+        top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+        y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
+        x = torch.arange(width, device=pixels.device)
+        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+        noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
+        return torch.where(inside, noise, pixels)
+
+    def boxes(self, uniforms: Tensor, height: int, width: int) -> Tensor:
+        """int64 [N, 4]: (top, left, height, width) of each sample's rectangle, all 0 if it has none.
+
+        As timm's RandomErasing: the first of ten attempts, area uniform and aspect log-uniform, that is
+        smaller than the image on both sides, placed uniformly; nothing is erased if none is.
+        """
+        draws = uniforms.double()
+        attempts = draws[:, ERASE_SHAPE].reshape(-1, ERASE_ATTEMPTS, 2)
+        area = _between(attempts[..., 0], *self.area) * (height * width)
+        aspect = _between(attempts[..., 1], *(math.log(value) for value in self.aspect)).exp()
+        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (h < height) & (w < width)
+        first = fits.long().argmax(dim=1, keepdim=True)  # of equal values the first
+        h, w = h.gather(1, first).flatten(), w.gather(1, first).flatten()
+        erased = fits.any(dim=1) & (draws[:, ERASE] < self.probability)
+        top = (draws[:, ERASE_TOP] * (height - h + 1)).floor()
+        left = (draws[:, ERASE_LEFT] * (width - w + 1)).floor()
+        return torch.stack([top, left, h, w], dim=1).long() * erased.unsqueeze(1)
+
+
+class Augment:
+    """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W], for training and for evaluation.
+
+    flip: probability of a horizontal flip; jitter, rand_augment, erase: the values of `Jitter`, `RandAugment`
+    and `Erase`, or None for without; mean, std: of each channel, of pixels scaled to [0, 1]. A key that is
+    missing or unknown is an error.
+    """
+
+    def __init__(
+        self,
+        flip: float,
+        jitter: Mapping[str, Any] | None,
+        rand_augment: Mapping[str, Any] | None,
+        erase: Mapping[str, Any] | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.flip = flip
+        self.jitter = _options(Jitter, "jitter", jitter)
+        self.rand_augment = _options(RandAugment, "rand_augment", rand_augment)
+        self.erase = _options(Erase, "erase", erase)
+        self.mean = tuple(255.0 * value for value in mean)
+        self.std = tuple(255.0 * value for value in std)
+
+    def train(
+        self,
+        images: Tensor,
+        uniforms: Tensor,
+        generator: torch.Generator | None = None,
+        grouped: bool | None = None,
+    ) -> Tensor:
+        """Augment and normalize.
+
+        images: uint8 [N, 3, H, W]; uniforms: float32 [N, DRAWS] on the same device; generator: of the erasing
+        noise, torch's global one if None; grouped: which of the two paths, chosen by the device if None. They
+        differ in nothing but the erasing noise.
+        """
+        if grouped is None:
+            grouped = _prefers_groups(images)
+        if not grouped:
+            return self._train(images, uniforms, generator, grouped)
+        return _by_pieces(images, lambda rows: self._train(images[rows], uniforms[rows], generator, grouped))
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
+        if not _prefers_groups(images):
+            return self._normalize(images)
+        return _by_pieces(images, lambda rows: self._normalize(images[rows]))
+
+    def _train(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
+        images = flip(images, uniforms[:, FLIP] < self.flip, grouped)
+        if self.rand_augment is not None:
+            images = self.rand_augment(images, uniforms, grouped)
+        if self.jitter is not None:
+            images = self.jitter(images, uniforms, grouped)
+        pixels = self._normalize(images)
+        if self.erase is not None:
+            pixels = self.erase(pixels, uniforms, generator, grouped)
+        return pixels
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.float()
+        return (pixels - channels(self.mean, pixels)).div_(channels(self.std, pixels))
+
+
+def _prefers_groups(images: Tensor) -> bool:
+    return images.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _by_pieces(images: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
+    """float32 of the shape of `images`: `function` of the rows of each piece that a cache holds."""
+    output = torch.empty_like(images, dtype=torch.float32)
+    piece = max(1, _CACHED // images[0].numel())
+    for start in range(0, len(images), piece):
+        rows = slice(start, start + piece)
+        output[rows] = function(rows)
+    return output
+
+
+def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
+    """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
+    if grouped:
+        index = flipped.nonzero().flatten()
+        return images.index_copy(0, index, images[index].flip(3))
+    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Tensor:
+    """Brightness, contrast and saturation by factors float32 [N, 3], in the order ORDERS[order] (int64 [N]).
+
+    images: uint8 [N, 3, H, W]; float32 of the integers 0 to 255, equal to torchvision's ColorJitter on PIL
+    images.
+    """
+    pixels = images.float()
+    if not grouped:
+        for knob in _mixed_order(order):
+            factor = factors.gather(1, knob.unsqueeze(1)).view(-1, 1, 1, 1)
+            knob = knob.view(-1, 1, 1, 1)
+            luma = grey(pixels)
+            degenerate = torch.where(knob == SATURATION, luma, 0.0)
+            degenerate = torch.where(knob == CONTRAST, mean_grey(luma), degenerate)
+            pixels = blend(degenerate, pixels, factor)
+        return pixels
+
+    for sequence in order.unique().tolist():
+        index = (order == sequence).nonzero().flatten()
+        group = pixels[index]
+        for knob in ORDERS[sequence]:
+            group = blend(_degenerate(group, knob), group, factors[index, knob].view(-1, 1, 1, 1))
+        pixels[index] = group
+    return pixels
+
+
+def _degenerate(pixels: Tensor, knob: int) -> Tensor:
+    """What a factor of 0 leaves of float32 [N, 3, H, W]: black, the mean grey or grey."""
+    if knob == BRIGHTNESS:
+        return torch.zeros_like(pixels[:, :1, :1, :1])
+    return mean_grey(grey(pixels)) if knob == CONTRAST else grey(pixels)
+
+
+def _mixed_order(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [N] each: first, second and third entry of ORDERS[order], without a table on the device."""
+    first = order // 2
+    lower, upper = (first == 0).long(), 2 - (first == 2).long()  # the other two, ascending
+    second = torch.where(order % 2 == 0, lower, upper)
+    return first, second, 3 - first - second
+
+
+def _between(share: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * share
+
+
+T = TypeVar("T")
+
+
+def _options(kind: type[T], name: str, values: Mapping[str, Any] | None) -> T | None:
+    """A `kind` of exactly its own keys."""
+    if values is None:
+        return None
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if set(values) != known:
+        wrong = ", ".join(sorted(set(values) ^ known))
+        raise UserError(f"{name}: unknown or missing {wrong}; the keys are {', '.join(sorted(known))}")
+    # Plain tuples instead of the configuration's own lists, which torch.compile could not follow.
+    return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})

@@ -1,0 +1,176 @@
+"""ImageNetData: shards in, augmented batches on the training device out."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from data.augment import Augment
+from data.index import Index, load_index
+from data.plan import EvaluationPlan, Plan, TrainPlan
+from data.reader import allow_open_files
+from data.sampling import Partition
+from data.torch_loader import Batch, TorchLoader
+from repghost.errors import UserError
+from repghost.seeding import step_seed
+
+_NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
+
+
+class ImageNetData(pl.LightningDataModule):
+    """Training and validation images of a shard folder.
+
+    root: the folder. train, val: globs of foreign shards, None for this project's own. batch_size: global.
+    workers: processes that decode, per rank, or `auto` for one a core. skip_budget: share of the training images that
+    may be bad (masked and counted) per epoch; validation has none.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        train: str | None,
+        val: str | None,
+        class_names: str | None,
+        cache: str | Path,
+        workers: int | str,
+        prefetch: int,
+        skip_budget: float,
+        loader: str,
+        batch_size: int,
+        eval_batch_size: int,
+        image_size: int,
+        crop_fraction: float,
+        scale: Sequence[float],
+        ratio: Sequence[float],
+        augment: Augment,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if image_size < 32:
+            raise UserError(f"image_size={image_size}: the network divides by 32, so at least 32")
+        if not 0 < crop_fraction <= 1:
+            raise UserError(f"data.crop_fraction={crop_fraction} is not in (0, 1]")
+        if loader not in ("auto", "torch"):
+            raise UserError(f"loader={loader} is not one of auto, torch")
+        if seed < 0:
+            raise UserError(f"seed={seed}: not negative")
+        self.augment = augment
+        self._splits: dict[str, Callable[[], Index]] = {
+            name: lambda name=name, pattern=pattern: load_index(  # type: ignore[misc]
+                root, name, Path(cache).expanduser(), pattern=pattern, class_names=class_names
+            )
+            for name, pattern in (("train", train), ("val", val))
+        }
+        self._indexes: dict[str, Index] = {}
+        self._workers = workers
+        self._prefetch = prefetch
+        self._skip_budget = skip_budget
+        self._batch_size = batch_size
+        self._eval_batch_size = eval_batch_size
+        self._image_size = image_size
+        self._crop_fraction = crop_fraction
+        self._crop = {"scale": scale, "ratio": ratio}
+        self._seed = seed
+
+    # -- what the data set is --------------------------------------------------------------------------------------
+
+    def index(self, split: str) -> Index:
+        """The index of `train` or `val`, loaded on first use."""
+        if split not in self._indexes:
+            self._indexes[split] = self._splits[split]()
+            allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
+        return self._indexes[split]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the splits that are in use; shards of others may not show them all in one split."""
+        return max(len(index.classes) for index in self._indexes.values())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a training epoch: whole global batches only."""
+        return len(self.index("train").samples) // self._batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {split: index.fingerprint for split, index in self._indexes.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for split, fingerprint in state_dict.items():
+            if self.index(split).fingerprint != fingerprint:
+                raise UserError(
+                    f"the {split} images are not those that this run began with: "
+                    "give back the old data.root, or a new name="
+                )
+
+    # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> TorchLoader:
+        index, trainer = self.index("train"), self._trainer
+        partition = Partition(
+            samples=len(index.samples),
+            rows=self._batch_size // (trainer.world_size * trainer.accumulate_grad_batches),
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+        )
+        if partition.batches == 0:
+            raise UserError(f"batch_size={self._batch_size} is larger than the {len(index.samples)} training images")
+        plan = TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
+        return self._loader(plan, self._train_position, skip_bad=int(self._skip_budget * len(index.samples)))
+
+    def val_dataloader(self) -> TorchLoader:
+        index, trainer = self.index("val"), self._trainer
+        partition = Partition(
+            samples=len(index.samples),
+            rows=self._eval_batch_size,
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            drop_last=False,
+        )
+        plan = EvaluationPlan(index, partition, image_size=self._image_size, crop_fraction=self._crop_fraction)
+        return self._loader(plan, lambda: (0, 0), skip_bad=0)
+
+    def _loader(self, plan: Plan, position: Callable[[], tuple[int, int]], skip_bad: int) -> TorchLoader:
+        workers = (os.cpu_count() or 1) // self._local_ranks() if self._workers == "auto" else int(self._workers)
+        return TorchLoader(
+            plan,
+            image_size=self._image_size,
+            workers=max(1, workers) if self._workers == "auto" else workers,
+            prefetch=self._prefetch,
+            pin_memory=self._trainer.strategy.root_device.type == "cuda",
+            position=position,
+            skip_bad=skip_bad,
+        )
+
+    def _local_ranks(self) -> int:
+        return self._trainer.world_size // self._trainer.num_nodes
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.trainer is not None, "the data module is used through a Trainer"
+        return self.trainer
+
+    def _train_position(self) -> tuple[int, int]:
+        """(epoch, batch) that the trainer asks for next, from its own counters, also right after a checkpoint was read.
+
+        After a whole epoch the batch is the number of batches; the loader takes that for the next epoch's first.
+        """
+        loop: Any = self._trainer.fit_loop
+        return loop.epoch_progress.current.processed, loop.batch_idx + 1
+
+    # -- on the training device ------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(float32 images [N, 3, S, S] normalized, labels, positions) of a loader's batch, on its device."""
+        images, labels, positions, draws = batch
+        if not self._trainer.training:
+            return self.augment.evaluate(images), labels, positions
+        epoch, step = self._trainer.current_epoch, self._trainer.fit_loop.batch_idx + 1
+        seed = step_seed(self._seed, epoch, step, self._trainer.global_rank, _NOISE)
+        noise = torch.Generator(images.device).manual_seed(seed)
+        return self.augment.train(images, draws, noise), labels, positions

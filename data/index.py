@@ -1,0 +1,433 @@
+"""A folder of shards as arrays: shard, offset, bytes, height, width, checksum and label of every sample.
+
+A shard is an ordinary webdataset tar (members KEY.jpg and KEY.cls). `load_index` reads the index that
+`data.write_shards` wrote beside the shards and checks it against manifest.json; shards of others are scanned
+once and their index is kept in the cache folder. Nothing here extracts a file.
+
+    python -m data.index SHARDS                 what is in there
+    python -m data.index SHARDS --verify        read, checksum and decode every image
+
+Check: `pytest tests/test_index.py`.
+"""
+
+import argparse
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from braceexpand import braceexpand
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from data.parallel import available_cpus, check_stop, run_parallel
+from repghost.atomic import atomic_write
+from repghost.errors import UserError
+
+# One row for each sample, 32 bytes. height and width are as stored (EXIF orientation is not applied).
+SAMPLE = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("shard", "<u4"),
+        ("size", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("crc32", "<u4"),
+        ("label", "<i4"),
+    ]
+)
+FORMAT = 1
+IMAGE_MEMBERS = frozenset({"jpg", "jpeg", "png", "webp"})
+DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
+
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # webdataset's rule: the key ends at the first dot of the file name
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_MAX_LONG_NAME_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one split. `samples`: [N] of SAMPLE, in the order of the shards and of their members."""
+
+    split: str
+    shards: tuple[str, ...]
+    samples: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def name(self, i: int) -> str:
+        """Sample i for a message: "train-000003.tar: n01440764_10026.jpg"."""
+        row = self.samples[i]
+        shard = self.shards[row["shard"]]
+        return f"{Path(shard).name}: {member_name(shard, int(row['offset']))}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the samples and the class names: tells data sets apart, wherever they lie."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        digest.update(np.ascontiguousarray(self.samples).view(np.uint8).data)
+        return digest.hexdigest()
+
+
+class DecodeError(ValueError):
+    """Bytes that PIL does not decode; the message is the reason, on one line."""
+
+
+def open_image(data: bytes, decode: bool) -> Image.Image:
+    """The image in `data`, header only or fully decoded. Raises DecodeError, also for decompression bombs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks about odd EXIF data
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            if decode:
+                image.load()
+            return image
+    except UnidentifiedImageError:
+        raise DecodeError("not an image in a known format") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise anything on damaged data
+        raise DecodeError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
+def member_name(path: str | Path, offset: int) -> str:
+    """Name of the tar member whose data begin at `offset`.
+
+    Its header is the block before. A long name (GNU or PAX) stands in blocks before that one; they belong to
+    this member if a tar that is read from there begins with a member whose data are at `offset`.
+    """
+    block = tarfile.BLOCKSIZE
+    with open(path, "rb") as file:
+        for blocks in (*range(3, _MAX_LONG_NAME_BLOCKS), 1):
+            start = offset - blocks * block
+            if start < 0:
+                continue
+            file.seek(start)
+            try:
+                member = tarfile.TarFile(fileobj=file).next()
+            except (tarfile.TarError, ValueError):
+                continue
+            if member is not None and member.offset_data == offset:
+                return member.name
+    return f"(no tar header before byte {offset})"
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_index(
+    root: str | Path,
+    split: str,
+    cache: str | Path,
+    pattern: str | None = None,
+    class_names: str | Path | None = None,
+) -> Index:
+    """The index of one split ("train" or "val") of the shards in `root`.
+
+    Without `pattern`, a manifest.json in `root` decides. Otherwise the shards are those of `pattern` (a glob,
+    or webdataset's {0000..1023}; relative to `root`) or of DEFAULT_PATTERNS, scanned on first use into
+    `cache` while other processes wait. `class_names` is a text file with a name on each line; without it
+    names come from the manifest or are the label numbers. Raises UserError for whatever is missing, damaged
+    or does not fit.
+    """
+    root, cache = Path(root).expanduser(), Path(cache).expanduser()  # they may come from a file, not a shell
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder: set data.root to the folder that holds the shards")
+    classes: tuple[str, ...] | None = None
+    if pattern is None and (root / "manifest.json").exists():
+        manifest = load_manifest(root)
+        shards, samples = _prepared(root, manifest, split)
+        classes = tuple(manifest["classes"])
+    else:
+        shards = find_shards(root, split, pattern)
+        samples = _scanned(shards, cache)
+    if class_names is not None:
+        classes = tuple(Path(class_names).expanduser().read_text(encoding="utf-8").splitlines())
+    if classes is None:
+        classes = tuple(str(label) for label in range(int(samples["label"].max()) + 1))
+    index = Index(split, shards, samples, classes)
+    wrong = (samples["label"] < 0) | (samples["label"] >= len(classes))
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise UserError(f"{index.name(i)}: label {samples[i]['label']}, but there are {len(classes)} class names")
+    return index
+
+
+def load_manifest(root: Path) -> dict[str, Any]:
+    """manifest.json of a folder that data.write_shards wrote."""
+    path = root / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT and isinstance(manifest["splits"], dict)
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: not a manifest of format {FORMAT}: copy it again or write the shards again")
+    return manifest
+
+
+def _prepared(root: Path, manifest: dict[str, Any], split: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Shards and samples as the manifest lists them, once they are known to be what it describes."""
+    if split not in manifest["splits"]:
+        raise UserError(f"{root / 'manifest.json'}: no split {split}, only {', '.join(manifest['splits'])}")
+    entry = manifest["splits"][split]
+    for shard in entry["shards"]:
+        path = root / shard["file"]
+        if not path.exists():
+            raise UserError(f"{path}: missing, but the manifest lists it: copy it again")
+        if path.stat().st_size != shard["bytes"]:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {shard['bytes']}: copy it again"
+            )
+    path = root / entry["index"]["file"]
+    if not path.exists():
+        raise UserError(f"{path}: missing, but the manifest lists it: copy it again")
+    if file_sha256(path) != entry["index"]["sha256"]:
+        raise UserError(f"{path}: not the file that manifest.json describes: copy both again")
+    return tuple(str(root / shard["file"]) for shard in entry["shards"]), np.load(path)
+
+
+def find_shards(root: Path, split: str, pattern: str | None) -> tuple[str, ...]:
+    """Paths of the shards of a split that has no manifest."""
+    shards: list[str] = []
+    for expanded in braceexpand(pattern) if pattern else DEFAULT_PATTERNS[split]:
+        found = sorted(glob.glob(os.path.join(glob.escape(str(root)), expanded)))
+        if pattern and not found:
+            raise UserError(f"{root}: no shard matches {expanded} for the split {split}")
+        shards += found
+    if not shards:
+        raise UserError(
+            f"{root}: neither a manifest.json nor shards named {' or '.join(DEFAULT_PATTERNS[split])}: "
+            f"prepare shards with python -m data.write_shards, or name yours with data.{split}"
+        )
+    return tuple(dict.fromkeys(shards))
+
+
+def _scanned(shards: Sequence[str], cache: Path) -> np.ndarray:
+    """The samples of shards without a manifest, from the cache or by scanning them."""
+    stats = [os.stat(shard) for shard in shards]
+    state = [(os.path.realpath(s), stat.st_size, stat.st_mtime_ns) for s, stat in zip(shards, stats, strict=True)]
+    path = cache / "index" / f"{hashlib.sha256(repr((FORMAT, state)).encode()).hexdigest()[:32]}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            samples = _scan(shards)
+            with atomic_write(path) as file:
+                np.save(file, samples)
+        return np.load(path)
+
+
+def _scan(shards: Sequence[str]) -> np.ndarray:
+    rows: list[np.ndarray] = [np.empty(0, SAMPLE)] * len(shards)
+    shard_of: dict[str, int] = {}
+    with closing(run_parallel(scan_shard, shards, min(available_cpus(), len(shards)))) as results:
+        for number, (found, keys) in tqdm(results, total=len(shards), desc="indexing", unit="shard"):
+            if not keys:
+                raise UserError(f"{shards[number]}: holds no samples (KEY.jpg and KEY.cls)")
+            for key in keys:
+                if key in shard_of:
+                    raise UserError(f"{shards[number]}: key {key} is also in {Path(shards[shard_of[key]]).name}")
+                shard_of[key] = number
+            found["shard"] = number
+            rows[number] = found
+    return np.concatenate(rows)
+
+
+def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
+    """[n] of SAMPLE (with shard 0) and the n keys of one tar, in the order of the image members.
+
+    Every byte is read once for the checksum; of the images only the headers are parsed. Members that are
+    neither an image nor a label are ignored.
+    """
+    images: dict[str, tuple[int, int, int, int, int]] = {}
+    labels: dict[str, int] = {}
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(_COMPRESSED):
+            raise UserError(f"{path}: compressed, so samples cannot be read by offset: unpack it to a plain .tar")
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    match = _MEMBER.fullmatch(member.name)
+                    if match is None or not member.isreg() or member.issparse():
+                        continue
+                    key, extension = match[1], match[2].lower()
+                    if extension == "cls":
+                        if key in labels:
+                            raise UserError(f"{path}: key {key} is there twice")
+                        labels[key] = _label(path, key, _data(tar, member))
+                    elif extension in IMAGE_MEMBERS:
+                        if key in images:
+                            raise UserError(f"{path}: key {key} is there twice")
+                        images[key] = _describe(path, member, _data(tar, member))
+                check_tar_end(path, file, tar)
+        except tarfile.TarError as error:
+            raise UserError(f"{path}: damaged or not a tar ({error}): copy it again") from None
+    for key in images:
+        if key not in labels:
+            raise UserError(f"{path}: key {key} has an image but no .cls")
+    for key in labels:
+        if key not in images:
+            raise UserError(f"{path}: key {key} has a .cls but no image ({', '.join(sorted(IMAGE_MEMBERS))})")
+    rows = np.zeros(len(images), SAMPLE)
+    for i, (key, (offset, size, height, width, crc32)) in enumerate(images.items()):
+        rows[i] = (offset, 0, size, height, width, crc32, labels[key])
+    return rows, list(images)
+
+
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    check_stop()
+    file = tar.extractfile(member)
+    assert file is not None, "a regular member"
+    return file.read()
+
+
+def _label(path: str, key: str, data: bytes) -> int:
+    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,9}\s*", data):
+        raise UserError(f"{path}: the .cls of key {key} is {data[:20]!r}, not a class number")
+    if int(data) < 0:
+        raise UserError(f"{path}: key {key} has the label {int(data)}: labels count from 0")
+    return int(data)
+
+
+def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, int, int, int, int]:
+    try:
+        width, height = open_image(data, decode=False).size
+    except DecodeError as error:
+        raise UserError(f"{path}: {member.name}: {error}") from None
+    return member.offset_data, member.size, height, width, zlib.crc32(data)
+
+
+def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile) -> None:
+    """A tar ends in zero blocks; tarfile takes the end of the file, or garbage, for the end as well."""
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"{path}: truncated or damaged after byte {tar.offset}: copy it again")
+
+
+def verify(index: Index, checksums: Sequence[str] | None, workers: int) -> list[str]:
+    """A line for each shard or image of `index` that is not what it was; [] if all are well.
+
+    `checksums` are the sha256 of the shards, where a manifest has them.
+    """
+    bounds = np.searchsorted(index.samples["shard"], np.arange(len(index.shards) + 1))
+    tasks = [
+        (shard, index.samples[bounds[i] : bounds[i + 1]], checksums[i] if checksums else None)
+        for i, shard in enumerate(index.shards)
+    ]
+    damaged: list[tuple[int, list[str]]] = []
+    with (
+        tqdm(total=len(index), desc=f"verifying {index.split}", unit="images") as bar,
+        closing(run_parallel(_verify_shard, tasks, min(workers, len(tasks)))) as results,
+    ):
+        for number, lines in results:
+            damaged.append((number, lines))
+            bar.update(len(tasks[number][1]))
+    return [line for _, lines in sorted(damaged) for line in lines]
+
+
+def _verify_shard(task: tuple[str, np.ndarray, str | None]) -> list[str]:
+    path, rows, checksum = task
+    lines = []
+    with open(path, "rb") as file:
+        for row in rows:
+            check_stop()
+            data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+            if zlib.crc32(data) != row["crc32"]:
+                reason = "its bytes have changed (checksum)"
+            else:
+                try:
+                    open_image(data, decode=True)
+                    continue
+                except DecodeError as error:
+                    reason = str(error)
+            lines.append(f"{path}: {member_name(path, int(row['offset']))}: {reason}")
+    if checksum is not None and not lines and file_sha256(path) != checksum:
+        lines.append(f"{path}: its labels or tar headers have changed (checksum): copy it again")
+    return lines
+
+
+def _summary(index: Index) -> str:
+    rows = index.samples
+    return (
+        f"{index.split}: {len(index):,} images in {len(index.shards):,} shards, "
+        f"{index.num_classes:,} classes, {rows['size'].sum(dtype=np.int64) / 1e9:,.3f} GB\n"
+        f"  median image {np.median(rows['size']) / 1e3:,.1f} kB, "
+        f"{np.median(rows['width']):.0f} x {np.median(rows['height']):.0f} pixels; "
+        f"sides from {min(rows['width'].min(), rows['height'].min())} "
+        f"to {max(rows['width'].max(), rows['height'].max())} pixels"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 all well, 1 damage found, 2 a mistake of the user, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m data.index", description="What is in a folder of shards.")
+    parser.add_argument("root", type=Path, help="folder of shards")
+    parser.add_argument("--split", choices=["train", "val"], help="this split only (default: both)")
+    parser.add_argument("--pattern", help="shards of others: glob or name-{0000..0063}.tar, with --split")
+    parser.add_argument("--class-names", type=Path, help="text file with a class name on each line")
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where indices of others' shards are kept")
+    parser.add_argument("--verify", action="store_true", help="read, checksum and decode every image")
+    parser.add_argument("--workers", type=int, default=available_cpus(), help="processes for --verify (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.pattern and not options.split:
+        parser.error("--pattern needs --split")
+    return run_command(lambda: _main(options))
+
+
+def _main(options: argparse.Namespace) -> int:
+    prepared = options.pattern is None and (options.root / "manifest.json").exists()
+    manifest = load_manifest(options.root) if prepared else None
+    splits = [options.split] if options.split else list(manifest["splits"] if manifest else DEFAULT_PATTERNS)
+    damaged = []
+    for split in splits:
+        index = load_index(options.root, split, options.cache, options.pattern, options.class_names)
+        print(_summary(index))
+        if options.verify:
+            checksums = [s["sha256"] for s in manifest["splits"][split]["shards"]] if manifest else None
+            damaged += verify(index, checksums, options.workers)
+    for line in damaged:
+        print(line)
+    if options.verify:
+        print(f"{len(damaged)} damaged" if damaged else "every image is well")
+    return 1 if damaged else 0
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command-line program; what its user can mend becomes one line on stderr and exit code 2."""
+    try:
+        return command()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Many independent tasks on all processor cores, and an end with a cause if one of them fails.
+
+Python's own process pool with what a long run needs: a bounded queue, a stop that reaches the tasks that are
+under way, and one clear error when a process is killed. Check: `pytest tests/test_parallel.py`.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from typing import TypeVar
+
+from repghost.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_stop: Event | None = None  # set in a worker process by its initializer
+
+
+class Stopped(Exception):
+    """The run is ending: whoever started this task does not want its result any more."""
+
+
+def check_stop() -> None:
+    """Called by a task between two pieces of work: ends it (Stopped) once the run is ending."""
+    if _stop is not None and _stop.is_set():
+        raise Stopped
+
+
+def available_cpus() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[int, R], None, None]:
+    """(number of the task, its result) for every task, in the order in which they end.
+
+    One worker means this process. `function` must be a module-level function: processes are spawned, not
+    forked, because the libraries below it run threads. The first exception of a task ends the run and is
+    raised here. Close the generator (contextlib.closing) to end the run early.
+    """
+    if workers <= 1:
+        for number, task in enumerate(tasks):
+            yield number, function(task)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
+        try:
+            pending: dict[Future[R], int] = {}
+            for number, task in enumerate(tasks):
+                pending[pool.submit(function, task)] = number
+                if len(pending) >= 2 * workers:
+                    yield from _take(pending)
+            while pending:
+                yield from _take(pending)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, most often for want of memory: start again with fewer workers"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _take(pending: dict[Future[R], int]) -> Iterator[tuple[int, R]]:
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        yield pending.pop(future), future.result()
+
+
+def _start_worker(stop: Event) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)

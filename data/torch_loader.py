@@ -1,0 +1,152 @@
+"""The torch loader: torchvision decodes, crops and resizes in DataLoader workers, a whole batch at a time.
+
+A batch is (uint8 images [N, 3, S, S], int64 labels [N], int64 positions [N], float32 draws [N, DRAWS]), always N rows;
+a row without an image has label -1. Anything random was drawn by data.sampling; nothing here keeps state.
+"""
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import crop, resize
+
+from data.plan import BatchPlan, Plan
+from data.reader import BadImage, ShardReader
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Position = Callable[[], tuple[int, int]]
+
+
+class TorchLoader(DataLoader):
+    """Batches of `plan` from the trainer's position on; its length is that of a full epoch.
+
+    position: called when an epoch is entered, gives (epoch, batch) to begin at. skip_bad: images that may be masked
+    per epoch before the loader gives up with the last one's error.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        image_size: int,
+        workers: int,
+        prefetch: int,
+        pin_memory: bool,
+        position: Position,
+        skip_bad: int,
+    ) -> None:
+        self._route = _Route(plan.partition.batches)
+        self._position = position
+        self._skip_bad = skip_bad
+        super().__init__(
+            PlannedBatches(plan, image_size, keep_going=skip_bad > 0),
+            sampler=self._route,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        epoch, batch = self._position()
+        self._route.epoch, self._route.batch = epoch, batch % self._route.batches
+        bad = 0
+        for images, labels, positions, draws, errors in super().__iter__():
+            for error in errors:
+                bad += 1
+                if bad > self._skip_bad:
+                    raise BadImage(f"{error} (data.skip_budget allows {self._skip_bad} bad image(s) per epoch)")
+                log.warning("skipped: %s", error)
+            yield images, labels, positions, draws
+
+    def __len__(self) -> int:
+        return self._route.batches
+
+
+class _Route(Sampler):
+    """Yields the (epoch, batch) pairs that are left of an epoch."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.epoch, self.batch = batches, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, batch) for batch in range(self.batch, self.batches)])
+
+    def __len__(self) -> int:
+        return self.batches - self.batch
+
+
+class PlannedBatches(Dataset):
+    """Maps (epoch, batch) to a loaded batch and the errors met in it."""
+
+    def __init__(self, plan: Plan, image_size: int, keep_going: bool) -> None:
+        self._plan = plan
+        self._image_size = image_size
+        self._keep_going = keep_going
+        self._reader = ShardReader(plan.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+        plan = self._plan(*key)
+        images = torch.zeros(plan.rows, 3, self._image_size, self._image_size, dtype=torch.uint8)
+        labels = torch.full((plan.rows,), -1)
+        labels[: len(plan.samples)] = torch.from_numpy(self._plan.index.samples["label"][plan.samples].astype(np.int64))
+        errors: list[str] = []
+        self._reader.announce(plan.samples)
+        for row, sample in enumerate(plan.samples):
+            try:
+                images[row] = self._load(plan, row, int(sample))
+            except BadImage as error:
+                errors.append(str(error))
+                labels[row] = -1
+                if not self._keep_going:
+                    break
+        return images, labels, torch.from_numpy(plan.positions), torch.from_numpy(plan.draws), errors
+
+    def _load(self, plan: BatchPlan, row: int, sample: int) -> Tensor:
+        """uint8 [3, S, S]: read, decode, crop, resize, centre."""
+        content = self._reader.read(sample)
+        try:
+            image = decode(content)
+        except Exception as error:  # a decoder may raise anything; the cause goes into the one line
+            raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
+        top, left, height, width = plan.windows[row].tolist()
+        mode = InterpolationMode.BICUBIC if plan.bicubic[row] else InterpolationMode.BILINEAR
+        resized = resize(
+            image[:, top : top + height, left : left + width], plan.resized[row].tolist(), mode, antialias=True
+        )
+        top, left = plan.corners[row].tolist()
+        return crop(resized, top, left, self._image_size, self._image_size)
+
+
+def decode(content: bytes) -> Tensor:
+    """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied.
+
+    torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
+    CMYK in its own way; those go through PIL itself.
+    """
+    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and _jpeg_components(content) != 4:
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _jpeg_components(content: bytes) -> int:
+    """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
+    at = 2
+    while at + 9 < len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return content[at + 9]
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0

@@ -1,0 +1,50 @@
+"""The one way a file of a run is written: whole or not at all."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY = ".tmp"  # ending of files that are being written
+
+
+@contextmanager
+def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`; a block that ends well leaves it at `path`, synced to the disk.
+
+    A block that raises, or a process that dies at any moment, leaves what was at `path` before. keep: a name in the
+    same folder under which what was at `path` before is kept (a death between the two renames leaves only that one).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, path.with_name(keep))
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` (UTF-8) by `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""The Lightning Trainer of a run: devices, precision, strategy. Mistakes are found here, before any data is opened."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+
+from repghost.errors import UserError
+
+# What Lightning says about its own internals, or about a sampler that it does not know.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+
+PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+ACCELERATORS = ("auto", "cpu", "gpu")
+
+
+def make_trainer(
+    *,
+    accelerator: str,
+    devices: int | str,
+    num_nodes: int,
+    precision: str,
+    epochs: int,
+    batch_size: int,
+    accumulate: int,
+    deterministic: bool,
+    timeout_minutes: float,
+    directory: Path,
+    callbacks: Sequence[Callback] = (),
+    plugins: Sequence[CheckpointIO] = (),
+    logger: Logger | None = None,
+    **options: Any,
+) -> pl.Trainer:
+    """A Trainer with what every run of this project shares.
+
+    accelerator: `cpu`, `gpu`, or `auto` (a GPU where there is one). devices: how many, or `auto` (every GPU, one CPU
+    process). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU has it, fp16 on an older one, float32
+    on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate` equal parts. timeout_minutes: how long a
+    rank waits for the others before it gives up. `options` are the Trainer's.
+    """
+    if accelerator not in ACCELERATORS:
+        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
+    gpus = torch.cuda.device_count()
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and not gpus:
+        raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
+    if devices == "auto":
+        devices = gpus if accelerator == "gpu" else 1
+    if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
+        raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
+    if accelerator == "gpu" and devices > gpus:
+        raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
+    ranks = devices * num_nodes
+    # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    if accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate):
+        raise UserError(
+            f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
+        )
+    if epochs < 1:
+        raise UserError(f"epochs={epochs}: a run has at least one")
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=PRECISIONS[resolve_precision(precision, accelerator)],  # type: ignore[arg-type]
+        strategy=_distributed(accelerator, timeout_minutes) if ranks > 1 else "auto",
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        deterministic=deterministic,
+        benchmark=not deterministic,
+        default_root_dir=directory,
+        callbacks=list(callbacks),
+        logger=logger or False,
+        plugins=[*plugins, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        # What follows from the design, not from taste: our sampler knows the ranks, the checkpoints and bars replace
+        # Lightning's, and a sanity validation would start the loaders before the position is known.
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """The precision that `auto` stands for on this machine; any other name is checked and returned."""
+    if precision == "auto":
+        if accelerator != "gpu":
+            return "float32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision} is not one of auto, {', '.join(PRECISIONS)}")
+    return precision
+
+
+def _distributed(accelerator: str, timeout_minutes: float) -> DDPStrategy:
+    """DistributedDataParallel that leaves buffers alone: the classifier averages BatchNorm's statistics itself."""
+    return DDPStrategy(
+        process_group_backend="nccl" if accelerator == "gpu" else "gloo",
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        timeout=timedelta(minutes=timeout_minutes),
+    )

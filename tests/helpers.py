@@ -1,0 +1,68 @@
+"""What several tests share: BatchNorms that are not fresh, and photographs."""
+
+from functools import cache
+
+import numpy as np
+import skimage.data
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@torch.no_grad()
+def randomize_batchnorm(model: nn.Module, seed: int) -> None:
+    """Random statistics and affine weights in every BatchNorm of a float32 RepGhostNet (ours or timm's).
+
+    Fresh BatchNorms are nearly the identity and hide errors. The statistics are those of some photographs,
+    then moved at random, so that the signal neither fades nor grows. Scales are mostly positive and biases
+    lift the signal: a random network without that amplifies the rounding errors of its first layers, until two
+    correct forms of it differ by 1e-4.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator)
+
+    def from_input(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(bn, nn.BatchNorm2d) and bn.running_mean is not None and bn.running_var is not None
+        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+        bn.running_mean.copy_(mean + var.sqrt() * uniform(mean, -0.5, 0.5))
+        bn.running_var.copy_(var * uniform(var, 0.5, 2))
+        bn.weight.copy_(uniform(mean, 0.5, 1.5) * uniform(mean, -0.1, 1).sign())
+        bn.bias.copy_(uniform(mean, 0, 1))
+
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(from_input) for norm in norms]
+    in_channels = next(model.parameters()).shape[1]
+    model.eval()(photographs(8, 96)[:, torch.arange(in_channels) % 3])
+    for hook in hooks:
+        hook.remove()
+    for module, training in modes.items():
+        module.training = training
+
+
+@cache
+def _photos() -> list[np.ndarray]:
+    """uint8 [H, W, 3] each, from the wheels of scikit-image and scikit-learn."""
+    return [
+        skimage.data.astronaut(),
+        skimage.data.coffee(),
+        skimage.data.cat(),
+        skimage.data.rocket(),
+        *load_sample_images().images,
+    ]
+
+
+def photographs(count: int, size: int) -> Tensor:
+    """float32 [count, 3, size, size], about normalized: windows of photographs, the same at every call."""
+    rng = np.random.default_rng(0)
+    crops = []
+    for i in range(count):
+        photo = _photos()[i % len(_photos())]
+        side = int(rng.integers(128, 256))
+        top, left = (int(rng.integers(0, length - side + 1)) for length in photo.shape[:2])
+        crop = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
+        crops.append(F.interpolate(crop.float(), size=(size, size), mode="bilinear", antialias=True))
+    return (torch.cat(crops) / 255 - 0.45) / 0.225

@@ -1,0 +1,395 @@
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import encoded, make_images, patch
+from PIL import Image
+
+from data.index import SAMPLE, Index, load_index, main, member_name
+from data.write_shards import write_folder
+from repghost.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Shards that the writer made; tests that change them take a copy."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_folder(make_images(root / "images"), root / "shards", images_per_shard=8, workers=1, quiet=True)
+    return root / "shards"
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return Path(shutil.copytree(prepared, tmp_path / "shards"))
+
+
+def sample(key: str, label: int | str, number: int = 0, extension: str = "jpg") -> list[tuple[str, bytes]]:
+    return [(f"{key}.{extension}", encoded(patch(number), extension)), (f"{key}.cls", str(label).encode())]
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def foreign(root: Path) -> Path:
+    """Shards as on the hub: no manifest, other member names and orders, members that nobody reads."""
+    for shard in range(2):
+        members = []
+        for i in range(3):
+            number = 3 * shard + i
+            members += sample(f"sub.dir/{number:04d}", number % 3, number, ("jpg", "JPEG", "png")[i])[
+                :: 1 - 2 * (i % 2)
+            ]
+            members.append((f"sub.dir/{number:04d}.json", b"{}"))
+        write_tar(root / f"set-train-{shard:04d}.tar", members)
+    write_tar(root / "set-validation-00.tar", sample("a", 0, 10) + sample("b", 2, 11, "webp"))
+    return root
+
+
+# --- prepared shards ------------------------------------------------------------------------------
+
+
+def test_prepared_shards(prepared, tmp_path):
+    index = load_index(prepared, "train", tmp_path)
+    assert index.samples.dtype == SAMPLE and SAMPLE.itemsize == 32
+    assert (len(index), index.num_classes, index.classes) == (30, 3, ("cat", "dog", "owl"))
+    assert [Path(shard).name for shard in index.shards] == [f"train-{i:06d}.tar" for i in range(4)]
+    assert np.bincount(index.samples["shard"]).tolist() == [8, 8, 8, 6]
+    for i, row in enumerate(index.samples):
+        content = Path(index.shards[row["shard"]]).read_bytes()[row["offset"] :][: row["size"]]
+        assert zlib.crc32(content) == row["crc32"]
+        assert Image.open(io.BytesIO(content)).size == (row["width"], row["height"])
+        shard, _, member = index.name(i).partition(": ")
+        assert shard == f"train-{row['shard']:06d}.tar"
+        assert member.startswith(index.classes[row["label"]])
+    assert not list(tmp_path.iterdir()), "nothing to cache"
+
+
+def test_the_fingerprint_tells_data_sets_apart_wherever_they_lie(prepared, copy, tmp_path):
+    index = load_index(prepared, "train", tmp_path)
+    assert index.fingerprint == load_index(copy, "train", tmp_path).fingerprint
+    assert index.fingerprint != load_index(prepared, "val", tmp_path).fingerprint
+    relabelled = index.samples.copy()
+    relabelled["label"][0] ^= 1
+    assert index.fingerprint != Index("train", index.shards, relabelled, index.classes).fingerprint
+    assert index.fingerprint != Index("train", index.shards, index.samples, ("cat", "dog", "pig")).fingerprint
+
+
+def missing_shard(root: Path) -> str:
+    (root / "train-000001.tar").unlink()
+    return "train-000001.tar: missing"
+
+
+def truncated_shard(root: Path) -> str:
+    size = (root / "train-000002.tar").stat().st_size
+    os.truncate(root / "train-000002.tar", 1234)
+    return f"train-000002.tar has 1234 bytes, the manifest says {size}: copy it again"
+
+
+def missing_index(root: Path) -> str:
+    (root / "train.index.npy").unlink()
+    return "train.index.npy: missing"
+
+
+def stale_index(root: Path) -> str:
+    rows = np.load(root / "train.index.npy")
+    rows["label"][0] ^= 1
+    np.save(root / "train.index.npy", rows)
+    return "train.index.npy: not the file that manifest.json describes"
+
+
+def no_json(root: Path) -> str:
+    os.truncate(root / "manifest.json", 100)
+    return "manifest.json: not a manifest of format 1"
+
+
+def other_format(root: Path) -> str:
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    return "manifest.json: not a manifest of format 1"
+
+
+def other_json(root: Path) -> str:
+    (root / "manifest.json").write_text("[]")
+    return "manifest.json: not a manifest of format 1"
+
+
+def fewer_classes(root: Path) -> str:
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "classes": ["cat", "dog"]}))
+    return "label 2, but there are 2 class names"
+
+
+def no_split(root: Path) -> str:
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest["splits"]["train"]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return "manifest.json: no split train, only val"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        missing_shard,
+        truncated_shard,
+        missing_index,
+        stale_index,
+        no_json,
+        other_format,
+        other_json,
+        fewer_classes,
+        no_split,
+    ],
+)
+def test_what_does_not_fit_the_manifest_is_named(copy, tmp_path, capsys, spoil):
+    message = spoil(copy)
+    with pytest.raises(UserError) as error:
+        load_index(copy, "train", tmp_path)
+    assert message in str(error.value)
+    assert main([str(copy), "--split", "train", "--cache", str(tmp_path / "cache")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify(copy, tmp_path, capsys):
+    arguments = [str(copy), "--cache", str(tmp_path / "cache"), "--workers", "1", "--verify"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "train: 30 images in 4 shards, 3 classes" in printed and "every image is well" in printed
+
+    index = load_index(copy, "train", tmp_path)
+    row = index.samples[11]
+    with open(index.shards[1], "r+b") as file:
+        file.seek(int(row["offset"]) + int(row["size"]) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with open(copy / "val-000000.tar", "r+b") as file:  # a label
+        content = file.read()
+        file.seek(content.index(b".cls\0"))
+        file.write(b".clx\0")
+    assert main(arguments) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{copy}/{index.name(11)}: its bytes have changed (checksum)" in lines
+    assert f"{copy / 'val-000000.tar'}: its labels or tar headers have changed (checksum): copy it again" in lines
+    assert lines[-1] == "2 damaged"
+
+
+def test_verify_decodes_shards_of_others(tmp_path, capsys):
+    """Only the header is parsed when they are indexed."""
+    broken = encoded(patch(3, 150, 160))
+    members = [*sample("a", 0), ("b.jpg", broken[: len(broken) * 2 // 3]), ("b.cls", b"1")]
+    path = write_tar(tmp_path / "in" / "x.tar", members)
+    arguments = [str(path.parent), "--split", "val", "--pattern", "*.tar", "--cache", str(tmp_path / "cache")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--workers", "1", "--verify"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{path}: b.jpg: OSError: image file is truncated" in printed and printed.endswith("1 damaged\n")
+
+
+def test_a_million_samples(tmp_path):
+    """Rows are loaded as one array: as many as in ImageNet, in 1,024 shards that are only looked at."""
+    count, shards = 1_281_167, 1024
+    rows = np.zeros(count, SAMPLE)
+    rows["shard"] = np.arange(count) * shards // count
+    rows["label"] = np.arange(count) % 1000
+    np.save(tmp_path / "train.index.npy", rows)
+    for i in range(shards):
+        (tmp_path / f"train-{i:06d}.tar").touch()
+    digest = hashlib.sha256((tmp_path / "train.index.npy").read_bytes()).hexdigest()
+    entry = {
+        "index": {"file": "train.index.npy", "sha256": digest},
+        "shards": [{"file": f"train-{i:06d}.tar", "bytes": 0} for i in range(shards)],
+    }
+    manifest = {"format": 1, "classes": [str(i) for i in range(1000)], "splits": {"train": entry}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    index = load_index(tmp_path, "train", tmp_path)
+    assert np.array_equal(index.samples, rows) and len(index.shards) == shards
+
+
+# --- shards of others -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern", [None, "*train*.tar", "set-train-{0000..0001}.tar", "*-{0000,0001}.tar", "absolute"]
+)
+def test_shards_of_others(tmp_path, pattern):
+    root = foreign(tmp_path / "a[b]")  # a folder name that a glob would misread
+    if pattern == "absolute":
+        pattern = f"{foreign(tmp_path / 'plain')}/*train*.tar"
+    index = load_index(root, "train", tmp_path / "cache", pattern)
+    assert index.samples["label"].tolist() == [0, 1, 2, 0, 1, 2]
+    assert index.samples["shard"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert index.classes == ("0", "1", "2")
+    assert index.name(4) == "set-train-0001.tar: sub.dir/0004.JPEG"
+    for i, row in enumerate(index.samples):
+        with open(index.shards[row["shard"]], "rb") as file:
+            content = os.pread(file.fileno(), row["size"], row["offset"])
+        assert content == encoded(patch(i), ("jpg", "jpg", "png")[i % 3])
+        assert (row["width"], row["height"]) == patch(i).size and row["crc32"] == zlib.crc32(content)
+
+
+def test_default_patterns_and_class_names(tmp_path):
+    root = foreign(tmp_path / "in")
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    val = load_index(root, "val", tmp_path / "cache", class_names=tmp_path / "names.txt")
+    assert val.classes == ("cat", "dog", "owl") and val.samples["label"].tolist() == [0, 2]
+    write_tar(tmp_path / "two" / "train" / "0.tar", sample("a", 1))
+    write_tar(tmp_path / "two" / "val" / "0.tar", sample("a", 0))
+    assert load_index(tmp_path / "two", "train", tmp_path / "cache").classes == ("0", "1")
+    assert load_index(tmp_path / "two", "val", tmp_path / "cache").classes == ("0",)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    foreign(tmp_path / "in")
+    assert len(load_index("~/in", "train", "~/cache")) == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "in"]
+
+
+def test_the_index_of_others_is_kept_and_follows_the_shards(tmp_path):
+    root = foreign(tmp_path / "in")
+    first = load_index(root, "train", tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "index").glob("*.npy")
+    time = kept.stat().st_mtime_ns
+    assert load_index(root, "train", tmp_path / "cache").fingerprint == first.fingerprint
+    assert kept.stat().st_mtime_ns == time
+    write_tar(root / "set-train-0001.tar", sample("new", 2, 8))
+    assert len(load_index(root, "train", tmp_path / "cache")) == 4
+
+
+def test_shards_of_others_may_be_read_only(tmp_path):
+    root = foreign(tmp_path / "in")
+    before = {path: path.stat().st_mtime_ns for path in [root, *root.iterdir()]}
+    root.chmod(0o555)
+    try:
+        load_index(root, "train", tmp_path / "cache")
+    finally:
+        root.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in [root, *root.iterdir()]} == before
+
+
+def test_processes_that_need_the_index_at_once_share_it(tmp_path):
+    root = foreign(tmp_path / "in")
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=load_index, args=(root, "train", tmp_path / "cache"))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list((tmp_path / "cache" / "index").glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "length"),
+    [(tarfile.USTAR_FORMAT, 44), (tarfile.USTAR_FORMAT, 100)]
+    + [(f, n) for f in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT) for n in (44, 99, 100, 101, 130, 250, 3000)],
+)
+def test_member_name(tmp_path, format, length):
+    name = "d/" * 20 + "k" * (length - 44) + ".jpg"
+    assert len(name) == length
+    names = ["first.jpg", name, "last.jpg"] + ["é" + name[1:]] * (format != tarfile.USTAR_FORMAT)
+    path = write_tar(tmp_path / "x.tar", [(n, encoded(patch(i))) for i, n in enumerate(names)], format)
+    with tarfile.open(path) as tar:
+        for member in tar:
+            assert member_name(path, member.offset_data) == member.name
+    assert "no tar header" in member_name(path, 5)
+
+
+GOOD = sample("good", 0)
+BAD_TARS = {
+    "no label": ([*GOOD, sample("k1", 0)[0]], "key k1 has an image but no .cls"),
+    "no image": ([*GOOD, sample("k1", 0)[1]], "key k1 has a .cls but no image"),
+    "text": (sample("k1", "cat"), "the .cls of key k1 is b'cat', not a class number"),
+    "fraction": (sample("k1", "1.5"), "the .cls of key k1 is b'1.5', not a class number"),
+    "empty label": (sample("k1", ""), "the .cls of key k1 is b'', not a class number"),
+    "huge": (sample("k1", 2**40), "not a class number"),
+    "negative": (sample("k1", -1), "key k1 has the label -1"),
+    "too large": (sample("k1", 3), "x.tar: k1.jpg: label 3, but there are 3 class names"),
+    "twice": (GOOD + sample("k1", 0) + sample("k1", 1), "key k1 is there twice"),
+    "two images": ([*GOOD, ("good.png", encoded(patch(1), "png"))], "key good is there twice"),
+    "no picture": ([("k1.jpg", b"<html>"), ("k1.cls", b"0")], "k1.jpg: not an image in a known format"),
+    "empty picture": ([("k1.jpg", b""), ("k1.cls", b"0")], "k1.jpg: not an image in a known format"),
+    "nothing": ([], "holds no samples"),
+    "other members": ([("readme.txt", b"text"), ("k1.npy", b"array")], "holds no samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TARS)
+def test_bad_samples_are_named(tmp_path, case):
+    members, message = BAD_TARS[case]
+    path = write_tar(tmp_path / "in" / "x.tar", members)
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    with pytest.raises(UserError) as error:
+        load_index(path.parent, "train", tmp_path / "cache", "*.tar", tmp_path / "names.txt")
+    assert message in str(error.value) and "x.tar" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tar: tar[:700], "copy it again"),
+        (lambda tar: tar[:1024], "copy it again"),
+        (lambda tar: tar.rstrip(b"\0"), "copy it again"),
+        (lambda tar: tar[:1024] + b"garbage!" * 64 + tar[1536:], "copy it again"),
+        (lambda tar: b"", "damaged or not a tar"),
+        (lambda tar: b"not a tar" * 1000, "damaged or not a tar"),
+        (gzip.compress, "compressed, so samples cannot be read by offset"),
+    ],
+    ids=["in data", "in a label", "no end", "garbage", "empty file", "text", "gzip"],
+)
+def test_bad_tars_are_named(tmp_path, change, message):
+    members = [("k.cls", b"0"), ("k.jpg", encoded(patch(0))), *sample("last", 1, 1)]
+    path = write_tar(tmp_path / "in" / "x.tar", members)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as error:
+        load_index(path.parent, "train", tmp_path / "cache", "*.tar")
+    assert str(path) in str(error.value)
+
+
+def test_every_way_to_cut_a_tar_is_found(tmp_path):
+    path = write_tar(tmp_path / "in" / "x.tar", sample("a", 0) + sample("b", 1, 1))
+    content = path.read_bytes()
+    end = len(content.rstrip(b"\0"))
+    for size in range(0, end, 173):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"x\.tar"):
+            load_index(path.parent, "train", tmp_path / "cache", "*.tar")
+
+
+def test_keys_of_two_shards_must_differ(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / "in" / f"{number}.tar", sample("k1", 0) + sample(f"own{number}", 1))
+    with pytest.raises(UserError, match=r"1\.tar: key k1 is also in 0\.tar|0\.tar: key k1 is also in 1\.tar"):
+        load_index(tmp_path / "in", "train", tmp_path / "cache", "*.tar")
+
+
+def test_shards_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_index(tmp_path / "nowhere", "train", tmp_path / "cache")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=r"neither a manifest\.json nor shards named \*train\*\.tar"):
+        load_index(tmp_path / "in", "train", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"no shard matches x-\*\.tar"):
+        load_index(tmp_path / "in", "train", tmp_path / "cache", "x-*.tar")
+    write_tar(tmp_path / "in" / "x-0.tar", GOOD)
+    with pytest.raises(UserError, match=r"no shard matches x-1\.tar"):
+        load_index(tmp_path / "in", "train", tmp_path / "cache", "x-{0..1}.tar")

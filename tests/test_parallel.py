@@ -1,0 +1,81 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.parallel import check_stop, run_parallel
+from repghost.errors import UserError
+
+
+def _process(task: int) -> int:
+    return os.getpid()
+
+
+def _die(task: int) -> int:
+    if task == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def _fail(task: int) -> int:
+    if task == 0:
+        raise UserError("task 0 failed")
+    for _ in range(10_000):  # nothing but the stop ends it in time
+        check_stop()
+        time.sleep(0.01)
+    return task
+
+
+def test_every_task_runs_in_another_process():
+    results = dict(run_parallel(_process, range(7), 2))
+    assert set(results) == set(range(7)) and os.getpid() not in results.values()
+    assert set(dict(run_parallel(_process, range(7), 1)).values()) == {os.getpid()}
+
+
+def test_a_killed_worker_ends_the_run():
+    with pytest.raises(UserError, match="killed"):
+        list(run_parallel(_die, range(4), 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_task_ends_the_run(workers):
+    with pytest.raises(UserError, match="task 0 failed"):
+        list(run_parallel(_fail, range(4), workers))
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    """A run that the system kills leaves no process behind."""
+    code = (
+        "import multiprocessing, os, time, test_parallel as t\n"
+        "from data.parallel import run_parallel\n"
+        "if __name__ == '__main__':\n"
+        "    for number, process in run_parallel(t._process, range(9), 2):\n"
+        "        print(process, flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+    run = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=60
+    )
+    assert run.returncode == -signal.SIGKILL
+    worker = int(run.stdout)
+    for _ in range(1000):
+        if not os.path.exists(f"/proc/{worker}") or "State:\tZ" in _status(worker):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"worker {worker} lives on")
+
+
+def _status(process: int) -> str:
+    try:
+        with open(f"/proc/{process}/status") as file:
+            return file.read()
+    except FileNotFoundError:
+        return "State:\tZ"

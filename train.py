@@ -1,0 +1,44 @@
+"""One training run: python train.py width=1.0 data.root=SHARDS trainer=gpu trainer.devices=8
+
+Composes conf/train.yaml with the command line, trains, and evaluates what it trained. The same command again resumes
+the run where it stopped, and does nothing when it is finished.
+"""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
+from repghost.cli import command
+from repghost.progress import RunFiles, SpeedBar
+from repghost.run import describe, evaluate_run, is_finished, make_logger, open_run
+
+
+@command("train")
+def main(config: DictConfig) -> None:
+    directory, config = open_run(config)
+    if is_finished(directory):
+        print(f"{directory} is finished; evaluation.json in it holds the result")
+        return
+    checkpoints = directory / "checkpoints"
+    trainer = instantiate(config.trainer)(
+        directory=directory,
+        callbacks=[
+            Checkpoints(checkpoints, **config.checkpoint),
+            RunFiles(directory, config.curve_seconds),
+            SpeedBar(refresh_rate=1),
+        ],
+        logger=make_logger(config.logger, directory),
+        plugins=[AtomicCheckpointIO()],
+    )
+    data = instantiate(config.data)
+    model = instantiate(config.model, num_classes=data.num_classes)
+    classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
+    describe(config, trainer, data, model, directory)
+    trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(checkpoints), weights_only=True)
+    evaluate_run(directory, trainer, data, Path(config.results))
+
+
+if __name__ == "__main__":
+    main()
