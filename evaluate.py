@@ -23,13 +23,13 @@ def main(config: DictConfig) -> None:
     config = resolved_for_evaluation(config)
     trainer = instantiate(config.trainer)(directory=Path.cwd())
     if config.run is not None:
-        data = instantiate(config.data)
+        data = instantiate(config.data).load("val")
         directory = Path(config.run)
         evaluation = evaluate_selection(directory, config.selection, trainer, data, config.image_size)
         title, name = f"{directory}, EMA, {config.selection} epoch", directory.name
     else:
         model = model_from_state(read_weights(config.weights), config.weights, config.width)
-        data = instantiate(config.data)
+        data = instantiate(config.data).load("val")
         evaluation = evaluate_model(model, trainer, data, config.width, config.image_size)
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
         title, name = f"{config.weights}, width {config.width:g}", Path(config.weights).stem

@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         logger=make_logger(config.logger, directory),
         plugins=[AtomicCheckpointIO()],
     )
-    data = instantiate(config.data)
+    data = instantiate(config.data).load("train", "val")
     model = instantiate(config.model, num_classes=data.num_classes)
     classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
     describe(config, trainer, data, model, directory)

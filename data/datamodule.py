@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -79,16 +79,19 @@ class ImageNetData(pl.LightningDataModule):
 
     # -- what the data set is --------------------------------------------------------------------------------------
 
+    def load(self, *splits: str) -> Self:
+        """Loads the indexes of `train`, `val` or both; nothing else of this class works without."""
+        self._indexes = {split: self._splits[split]() for split in splits}
+        allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
+        return self
+
     def index(self, split: str) -> Index:
-        """The index of `train` or `val`, loaded on first use."""
-        if split not in self._indexes:
-            self._indexes[split] = self._splits[split]()
-            allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
+        """The index of a split that was loaded."""
         return self._indexes[split]
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the splits that are in use; shards of others may not show them all in one split."""
+        """Number of classes of the loaded splits; shards of others may not show them all in each."""
         return max(len(index.classes) for index in self._indexes.values())
 
     @property
