@@ -6,6 +6,7 @@ the run where it stopped, and does nothing when it is finished.
 
 from pathlib import Path
 
+import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -33,6 +34,7 @@ def main(config: DictConfig) -> None:
         plugins=[AtomicCheckpointIO()],
     )
     data = instantiate(config.data).load("train", "val")
+    pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
     model = instantiate(config.model, num_classes=data.num_classes)
     classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
     describe(config, trainer, data, model, directory)

@@ -97,7 +97,10 @@ class ImageNetData(pl.LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a training epoch: whole global batches only."""
-        return len(self.index("train").samples) // self._batch_size
+        images = len(self.index("train"))
+        if images < self._batch_size:
+            raise UserError(f"batch_size={self._batch_size} is larger than the {images} training images")
+        return images // self._batch_size
 
     def state_dict(self) -> dict[str, Any]:
         return {split: index.fingerprint for split, index in self._indexes.items()}
@@ -121,8 +124,6 @@ class ImageNetData(pl.LightningDataModule):
             ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
         )
-        if partition.batches == 0:
-            raise UserError(f"batch_size={self._batch_size} is larger than the {len(index.samples)} training images")
         plan = TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
         return self._loader(plan, self._train_position, skip_bad=int(self._skip_budget * len(index.samples)))
 

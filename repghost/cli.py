@@ -8,7 +8,8 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,34 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
 
     def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
         conf = Path(function.__code__.co_filename).resolve().parent / "conf"
-        compose_and_run = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(function)
+
+        @functools.wraps(function)
+        def job(config: DictConfig) -> None:
+            with _mistakes_end_in_one_line():  # inside of Hydra, which would add a line of its own
+                function(config)
+
+        compose_and_run = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(job)
 
         @functools.wraps(function)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
-            try:
+            with _mistakes_end_in_one_line():
                 compose_and_run()
-            except Exception as error:
-                line = user_message(error)
-                if line is None:
-                    raise
-                sys.exit(fail(line))
 
         return main
 
     return decorate
+
+
+@contextmanager
+def _mistakes_end_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        line = user_message(error)
+        if line is None:
+            raise
+        sys.exit(fail(line))
 
 
 def fail(line: str) -> int:

@@ -27,6 +27,10 @@ class RunFiles(Callback):
         self._curve_drawn = 0.0
         self._batches = 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # An epoch that is entered in its middle is not announced by on_train_epoch_start.
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         self._batches = 0

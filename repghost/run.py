@@ -35,6 +35,7 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
 
     Raises UserError when the folder holds a run of another config, with the first key that differs.
     """
+    require_numbers(config)
     resolve_recipe(config)
     config.name = config.name or run_name(config)
     OmegaConf.resolve(config)
@@ -84,6 +85,15 @@ def require_values(config: DictConfig) -> None:
     """Raises UserError for a key that was left open (???)."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")
+
+
+def require_numbers(config: DictConfig) -> None:
+    """Raises UserError for a word where a number belongs."""
+    for key in ("epochs", "batch_size", "image_size", "seed", "accumulate"):
+        if not isinstance(config[key], int):
+            raise UserError(f"{key}={config[key]}: a whole number is needed")
+    if not isinstance(config.width, int | float):
+        raise UserError(f"width={config.width}: a number is needed, such as 1.0")
 
 
 def is_finished(directory: Path) -> bool:

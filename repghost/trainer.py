@@ -19,7 +19,7 @@ from repghost.errors import UserError
 
 # What Lightning says about its own internals, or about a sampler that it does not know.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 
@@ -105,6 +105,8 @@ def resolve_precision(precision: str, accelerator: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} is not one of auto, {', '.join(PRECISIONS)}")
+    if precision == "fp16" and accelerator != "gpu":
+        raise UserError("precision=fp16 needs a GPU; a CPU has float32 and bf16")
     return precision
 
 

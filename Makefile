@@ -1,0 +1,49 @@
+# Every target does all that it needs on a machine with Python 3.11 or newer and make; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format lock table clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: $(READY) ## train on the embedded digits, fuse, evaluate, print the result table (2 minutes on two cores)
+	rm -rf outputs/demo
+	$(BIN)/python train.py data=digits recipe=quick width=0.5 trainer=cpu name=demo
+	@echo
+	@$(BIN)/python -m repghost.results
+
+test: $(READY) ## the tests, without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(READY) ## the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## format the code and sort the imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(READY) ## resolve pyproject.toml and pins.txt into requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --constraint pins.txt --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade --quiet --output-file requirements.lock
+
+table: $(READY) ## the paper's table beside what was measured
+	$(BIN)/python -m repghost.results
+
+clean: ## remove the environment (runs and results stay)
+	rm -rf $(VENV)
+
+# --require-hashes: what is installed is what was locked, or nothing.
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	touch $@

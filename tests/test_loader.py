@@ -1,0 +1,176 @@
+"""The torch loader: pixels against PIL, whole batches, faults."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import encoded, patch
+from PIL import Image
+
+from data.index import Index, load_index
+from data.plan import EvaluationPlan, TrainPlan
+from data.reader import BadImage, ShardReader
+from data.sampling import DRAWS, Partition
+from data.torch_loader import TorchLoader, decode
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+@pytest.fixture(scope="module")
+def index(shards: Path) -> Index:
+    return load_index(shards, "train", shards)
+
+
+def train_loader(
+    index: Index, rows: int = 8, workers: int = 0, start: tuple[int, int] = (0, 0), **options: int
+) -> TorchLoader:
+    plan = TrainPlan(index, Partition(len(index), rows, **options), seed=0, image_size=32, scale=SCALE, ratio=RATIO)
+    return TorchLoader(
+        plan, image_size=32, workers=workers, prefetch=2, pin_memory=False, position=lambda: start, skip_bad=0
+    )
+
+
+def eval_loader(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: int = 1) -> TorchLoader:
+    partition = Partition(len(index), rows, rank, ranks, drop_last=False)
+    plan = EvaluationPlan(index, partition, image_size=size, crop_fraction=0.875)
+    return TorchLoader(
+        plan, image_size=size, workers=0, prefetch=2, pin_memory=False, position=lambda: (0, 0), skip_bad=0
+    )
+
+
+def pil(index: Index, row: int) -> Image.Image:
+    return Image.open(io.BytesIO(ShardReader(index).read(row))).convert("RGB")
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).int()
+
+
+def test_training_crops_equal_pil(index: Index) -> None:
+    loader = train_loader(index)
+    batch = loader.dataset[(3, 1)]  # type: ignore[index]
+    plan = loader.dataset._plan(3, 1)  # type: ignore[attr-defined]
+    for row, sample in enumerate(plan.samples):
+        top, left, height, width = plan.windows[row].tolist()
+        resample = Image.Resampling.BICUBIC if plan.bicubic[row] else Image.Resampling.BILINEAR
+        crop = pil(index, sample).crop((left, top, left + width, top + height)).resize((32, 32), resample)
+        difference = (batch[0][row].int() - pixels(crop)).abs()
+        assert (difference <= 1).float().mean() >= 0.999
+        assert batch[1][row] == index.samples["label"][sample]
+    assert plan.bicubic.any() and not plan.bicubic.all()
+
+
+def test_evaluation_equals_pil_resize_and_centre_crop(index: Index) -> None:
+    images, labels, *_ = next(iter(eval_loader(index, len(index))))
+    for row in range(len(index)):
+        image = pil(index, row)
+        shorter = 36  # int(32 / 0.875)
+        width, height = (side * shorter // min(image.size) for side in image.size)
+        left, top = round((width - 32) / 2), round((height - 32) / 2)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        crop = resized.crop((left, top, left + 32, top + 32))
+        assert ((images[row].int() - pixels(crop)).abs() <= 1).float().mean() >= 0.999
+    assert labels.tolist() == index.samples["label"].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 100])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_validation_has_each_image_once_in_whole_batches(index: Index, rows: int, ranks: int) -> None:
+    positions = []
+    for rank in range(ranks):
+        loader = eval_loader(index, rows, rank=rank, ranks=ranks)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        for images, labels, places, draws in batches:
+            assert images.shape == (rows, 3, 32, 32) and images.dtype == torch.uint8
+            assert labels.shape == places.shape == (rows,) and draws.shape == (rows, DRAWS)
+            positions += places[labels >= 0].tolist()
+            assert (images[labels < 0] == 0).all()
+    assert sorted(positions) == list(range(len(index)))
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_the_epoch_is_entered(index: Index) -> None:
+    whole = list(train_loader(index, start=(2, 0)))
+    assert len(whole) == 45 // 8
+    for workers, first in ((0, 3), (1, 2), (2, 0), (3, 4)):
+        part = list(train_loader(index, workers=workers, start=(2, first)))
+        assert len(part) == len(whole) - first
+        for mine, theirs in zip(part, whole[first:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_position_past_the_epoch_is_the_next_one(index: Index) -> None:
+    loader = train_loader(index, start=(2, 45 // 8))
+    assert len(list(loader)) == len(loader) == 45 // 8
+
+
+def variants() -> dict[str, bytes]:
+    """Files that are named JPEG and are not the plain kind."""
+    image = patch(3, 60, 90)
+    found = {
+        "grey": encoded(image.convert("L")),
+        "png": encoded(image, "png"),
+        "palette": encoded(image.convert("P"), "png"),
+        "transparent": encoded(image.convert("RGBA"), "png"),
+        "webp": encoded(image, "webp"),
+        "cmyk": encoded(image.convert("CMYK")),
+        "row": encoded(image.resize((50, 1))),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    for name, options in {
+        "progressive": {"progressive": True},
+        "444": {"subsampling": 0},
+        "420": {"subsampling": 2},
+        "422": {"subsampling": 1},
+        "rotated": {"exif": exif},
+    }.items():
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90, **options)
+        found[name] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("name", variants())
+def test_decoding_equals_pil(name: str) -> None:
+    content = variants()[name]
+    expected = pixels(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert torch.equal(decode(content).int(), expected)
+
+
+def test_changed_bytes_are_found_and_named(index: Index, tmp_path: Path) -> None:
+    copies = []
+    for shard in index.shards:
+        copy = tmp_path / Path(shard).name
+        copy.write_bytes(Path(shard).read_bytes())
+        copies.append(str(copy))
+    row = 20
+    sample = index.samples[row]
+    with open(copies[sample["shard"]], "r+b") as file:
+        file.seek(int(sample["offset"]) + int(sample["size"]) // 2)
+        byte = file.read(1)
+        file.seek(-1, io.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    damaged = Index(index.split, tuple(copies), index.samples, index.classes)
+    with pytest.raises(BadImage, match="checksum differs") as error:
+        ShardReader(damaged).read(row)
+    assert index.name(row).split()[-1] in str(error.value)
+    with pytest.raises(BadImage, match="skip_budget"):
+        list(eval_loader(damaged, 16))
+
+
+def test_a_bad_image_within_the_budget_is_masked(
+    index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = index.samples.copy()
+    samples["crc32"][7] ^= 1
+    damaged = Index(index.split, index.shards, samples, index.classes)
+    plan = TrainPlan(damaged, Partition(45, 9), seed=0, image_size=32, scale=SCALE, ratio=RATIO)
+    loader = TorchLoader(
+        plan, image_size=32, workers=0, prefetch=2, pin_memory=False, position=lambda: (0, 0), skip_bad=1
+    )
+    labels = torch.cat([batch[1] for batch in loader])
+    assert (labels < 0).sum() == 1
+    assert index.name(7) in caplog.text

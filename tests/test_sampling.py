@@ -1,0 +1,122 @@
+"""Who sees what: the four properties of pure-function sampling."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+from torchvision.transforms import RandomResizedCrop
+
+from data.sampling import (
+    DRAWS,
+    Partition,
+    crop_windows,
+    epoch_order,
+    evaluation_sizes,
+    interpolations,
+    uniforms,
+)
+
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def test_order_is_a_permutation_of_seed_and_epoch() -> None:
+    orders = [epoch_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert (np.sort(order) == np.arange(1000)).all()
+    assert len({order.tobytes() for order in orders}) == 4
+    assert (epoch_order(0, 1, 1000) == orders[1]).all()
+
+
+def test_the_streams_do_not_change_between_versions() -> None:
+    """Runs are resumed after an upgrade: these values are a promise."""
+    assert epoch_order(3, 7, 10).tolist() == [5, 0, 6, 9, 8, 7, 4, 2, 3, 1]
+    assert uniforms(3, 7, 5, 1)[0, :3].tolist() == pytest.approx(
+        [0.22612768411636353, 0.1353049874305725, 0.23539435863494873], abs=0
+    )
+
+
+@given(st.integers(0, 2**31), st.integers(0, 500), st.integers(0, 10**7), st.integers(1, 40), st.data())
+@settings(max_examples=50, deadline=None)
+def test_draws_of_a_position_do_not_depend_on_the_batch(
+    seed: int, epoch: int, start: int, count: int, data: st.DataObject
+) -> None:
+    whole = uniforms(seed, epoch, start, count)
+    assert whole.shape == (count, DRAWS) and whole.dtype == np.float32
+    assert (whole >= 0).all() and (whole < 1).all()
+    at = data.draw(st.integers(0, count - 1))
+    assert (uniforms(seed, epoch, start + at, 1)[0] == whole[at]).all()
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    draws = uniforms(0, 0, 0, 20_000).astype(np.float64)
+    for column in range(DRAWS):
+        assert stats.kstest(draws[:, column], "uniform").pvalue > 1e-5
+    off_diagonal = np.corrcoef(draws.T) - np.eye(DRAWS)
+    assert np.abs(off_diagonal).max() < 0.04
+
+
+@given(
+    samples=st.integers(1, 400),
+    rows=st.integers(1, 17),
+    ranks=st.integers(1, 8),
+    accumulate=st.integers(1, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_training_batches_are_whole_and_disjoint(samples: int, rows: int, ranks: int, accumulate: int) -> None:
+    parts = [Partition(samples, rows, rank, ranks, accumulate) for rank in range(ranks)]
+    positions = [p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + rows)]
+    step = rows * ranks * accumulate
+    assert sorted(positions) == list(range(samples // step * step))
+
+
+@given(samples=st.integers(1, 400), rows=st.integers(1, 17), ranks=st.integers(1, 8))
+@settings(max_examples=200, deadline=None)
+def test_validation_counts_each_image_once(samples: int, rows: int, ranks: int) -> None:
+    parts = [Partition(samples, rows, rank, ranks, drop_last=False) for rank in range(ranks)]
+    assert len({part.batches for part in parts}) == 1
+    positions = [p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + rows)]
+    assert sorted(p for p in positions if p < samples) == list(range(samples))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_global_batches_do_not_depend_on_ranks(ranks: int, accumulate: int) -> None:
+    samples, batch = 100, 16
+    for step in range(samples // batch):
+        seen: set[int] = set()
+        for rank in range(ranks):
+            part = Partition(samples, batch // ranks // accumulate, rank, ranks, accumulate)
+            for b in range(step * accumulate, (step + 1) * accumulate):
+                seen |= set(range(part.start(b), part.start(b) + part.rows))
+        assert seen == set(range(step * batch, (step + 1) * batch))
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (30, 400), (400, 30)])
+def test_windows_follow_random_resized_crop(height: int, width: int) -> None:
+    count = 3000
+    mine = crop_windows(uniforms(0, 0, 0, count), np.full(count, height), np.full(count, width), SCALE, RATIO)
+    assert (mine >= 0).all() and (mine[:, 2:] >= 1).all()
+    assert (mine[:, 0] + mine[:, 2] <= height).all() and (mine[:, 1] + mine[:, 3] <= width).all()
+    torch.manual_seed(0)
+    image = Image.new("L", (width, height))
+    theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(count)])
+    for column in range(4):
+        assert stats.ks_2samp(mine[:, column], theirs[:, column]).pvalue > 1e-4
+
+
+def test_windows_of_one_pixel() -> None:
+    draws = uniforms(0, 0, 0, 100)
+    windows = crop_windows(draws, np.full(100, 1), np.full(100, 500), SCALE, RATIO)
+    assert (windows[:, 2] == 1).all() and (windows[:, 3] >= 1).all()
+
+
+def test_half_of_the_interpolations_are_bicubic() -> None:
+    assert abs(interpolations(uniforms(0, 0, 0, 10_000)).mean() - 0.5) < 0.02
+
+
+def test_evaluation_sizes_floor_the_longer_side() -> None:
+    height, width = evaluation_sizes(np.array([375, 500, 256]), np.array([500, 333, 256]), 256)
+    assert height.tolist() == [256, 384, 256] and width.tolist() == [341, 256, 256]
