@@ -21,6 +21,8 @@ from repghost.errors import UserError
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+warnings.filterwarnings("ignore", message=".*functional.all_gather.*")
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -67,7 +69,8 @@ def make_trainer(
     ranks = devices * num_nodes
     # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     if accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate):
         raise UserError(
             f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"

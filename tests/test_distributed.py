@@ -1,0 +1,55 @@
+"""Two real gloo processes: every validation image once, one model on both ranks, the same figures from evaluate.py."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(folder: Path, program: str, *arguments: str, ranks: int = 2) -> str:
+    """Runs a program under torchrun, checks that it ended well, returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / program), *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> None:
+    # 15 validation images in batches of 4 on 2 ranks: the last batch is half empty on one and nearly on the other.
+    printed = launch(
+        tmp_path, "train.py", *TINY, f"data.root={shards}", "trainer.devices=2", "data.eval_batch_size=4", "name=two"
+    )
+    assert printed.count("epoch   1/2") == 1, "one rank prints"
+    run = tmp_path / "outputs" / "two"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["images"] == 15
+    with open(run / "metrics.csv", newline="") as file:
+        metrics = list(csv.DictReader(file))
+    assert evaluation["top1"] == float(metrics[-1]["ema_top1"])
+
+    launch(tmp_path, "evaluate.py", f"run={run}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=5")
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["images"] == 15 and again["top1"] == evaluation["top1"]
+    assert abs(again["loss"] - evaluation["loss"]) < 1e-6
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["train_sums"].shape == (2, 2), "a row for each rank"
+
+
+def test_more_ranks_than_images(shards: Path, tmp_path: Path) -> None:
+    launch(
+        tmp_path, "train.py", *TINY, f"data.root={shards}", "trainer.devices=2", "data.eval_batch_size=64", "name=few",
+        "epochs=1",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "outputs/few/evaluation.json").read_text())["images"] == 15
