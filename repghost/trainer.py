@@ -39,6 +39,7 @@ def make_trainer(
     batch_size: int,
     accumulate: int,
     deterministic: bool,
+    threads: int | None,
     timeout_minutes: float,
     directory: Path,
     callbacks: Sequence[Callback] = (),
@@ -50,8 +51,9 @@ def make_trainer(
 
     accelerator: `cpu`, `gpu`, or `auto` (a GPU where there is one). devices: how many, or `auto` (every GPU, one CPU
     process). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU has it, fp16 on an older one, float32
-    on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate` equal parts. timeout_minutes: how long a
-    rank waits for the others before it gives up. `options` are the Trainer's.
+    on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate` equal parts. threads: of
+    PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits for the others before it
+    gives up. `options` are the Trainer's.
     """
     if accelerator not in ACCELERATORS:
         raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
@@ -67,6 +69,8 @@ def make_trainer(
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
     ranks = devices * num_nodes
+    if threads is not None:
+        torch.set_num_threads(threads)
     # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
