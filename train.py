@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
 from repghost.cli import command
+from repghost.official import official_curve
 from repghost.progress import RunFiles, SpeedBar
 from repghost.run import describe, evaluate_run, is_finished, make_logger, open_run
+from repghost.weights import start_from
 
 
 @command("train")
@@ -23,21 +25,22 @@ def main(config: DictConfig) -> None:
         print(f"{directory} is finished; evaluation.json in it holds the result")
         return
     checkpoints = directory / "checkpoints"
+    files = RunFiles(directory, config.curve_seconds)
     trainer = instantiate(config.trainer)(
         directory=directory,
-        callbacks=[
-            Checkpoints(checkpoints, **config.checkpoint),
-            RunFiles(directory, config.curve_seconds),
-            SpeedBar(refresh_rate=1),
-        ],
+        callbacks=[Checkpoints(checkpoints, **config.checkpoint), files, SpeedBar(refresh_rate=1)],
         logger=make_logger(config.logger, directory),
         plugins=[AtomicCheckpointIO()],
     )
     data = instantiate(config.data).load("train", "val")
     pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
     model = instantiate(config.model, num_classes=data.num_classes)
+    if config.weights:
+        start_from(model, config.weights)
     classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
-    describe(config, trainer, data, model, directory)
+    files.official = official_curve(config.width, config.epochs, data.counts)
+    paper = OmegaConf.create((Path(__file__).parent / "conf/recipe/paper.yaml").read_text())
+    describe(config, paper, trainer, data, model, files.official is not None)
     trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(checkpoints), weights_only=True)
     evaluate_run(directory, trainer, data, Path(config.results))
 

@@ -110,6 +110,8 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()
 
     def _save(self, trainer: pl.Trainer) -> None:
+        assert isinstance(trainer.lightning_module, ImageClassifier)
+        trainer.lightning_module.require_finite_loss()
         trainer.save_checkpoint(self._folder / LAST)
         self._saved = time.monotonic()
 

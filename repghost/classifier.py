@@ -17,7 +17,9 @@ from torch.optim import SGD, Optimizer
 
 from repghost.ema import WeightAverage
 from repghost.errors import UserError
+from repghost.loss_watch import LossWatch
 from repghost.metrics import score_sums, scores
+from repghost.model import RepGhostNet
 from repghost.schedule import learning_rate, linear_scale
 from repghost.seeding import step_seed
 
@@ -34,7 +36,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RepGhostNet,
         *,
         epochs: int,
         batch_size: int,
@@ -49,6 +51,7 @@ class ImageClassifier(pl.LightningModule):
         ema_decay: float | None,
         ema_span: float | None,
         steps_per_epoch: int,
+        freeze_epochs: int,
         channels_last: bool,
         compile: bool,
         seed: int,
@@ -80,9 +83,11 @@ class ImageClassifier(pl.LightningModule):
         }
         self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
         self._label_smoothing = label_smoothing
+        self._freeze_epochs = freeze_epochs
         self._seed = seed
         self._batch_size = batch_size
         self.history: list[dict[str, float]] = []
+        self._watch = LossWatch()
         self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
 
@@ -113,15 +118,34 @@ class ImageClassifier(pl.LightningModule):
             group["lr"] = self.epoch_learning_rate(self.current_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self._freeze_epochs:
+            self.model.train(not self._frozen)  # frozen, BatchNorm keeps the statistics that the weights came with
+            self.model.dropout.train()
         # Dropout differs between ranks and is the same again when the batch is.
         torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels, _ = batch
+        images, labels, positions = batch
         loss = smoothed_cross_entropy(self.model(images), labels, self._label_smoothing)
         images_counted = (labels >= 0).sum()
         self._train_sums += torch.stack([loss.detach().double() * images_counted, images_counted])
+        self._watch.follow(loss, self.current_epoch, batch_idx, positions)
         return loss
+
+    def require_finite_loss(self) -> None:
+        """Raises UserError when the loss of the last step was not a number; waits for that step."""
+        self._watch.check()
+
+    @property
+    def _frozen(self) -> bool:
+        return self.current_epoch < self._freeze_epochs
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._frozen:
+            # Without a gradient SGD leaves a parameter and its momentum alone.
+            for name, parameter in self.model.named_parameters():
+                if not name.startswith("classifier."):
+                    parameter.grad = None
 
     def optimizer_step(
         self,
@@ -202,7 +226,8 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     logits: float [N, C]; labels: int64 [N]; the target is `1 - smoothing` on the label plus `smoothing` spread evenly
     over all classes (Szegedy et al., arXiv 1512.00567, section 7).
     """
-    total = F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
 

@@ -99,9 +99,8 @@ def _first_line(error: BaseException) -> str:
 def run_name(config: DictConfig) -> str:
     """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
     hydra_config: Any = HydraConfig.get()
-    choices = hydra_config.runtime.choices
-    root = str(config.data.root) if isinstance(config.data.root, str) else choices.data
-    parts = [Path(root.rstrip("/")).name, choices.recipe, f"w{float(config.width):g}", f"s{config.seed}"]
+    root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
+    parts = [Path(root.rstrip("/")).name, str(config.recipe.name), f"w{float(config.width):g}", f"s{config.seed}"]
     for override in sorted(hydra_config.overrides.task):
         key, _, value = override.lstrip("+~").partition("=")
         inside = any(key == k or key.startswith(f"{k}.") for k in _NOT_PART_OF_THE_NAME)

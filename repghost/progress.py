@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from repghost.atomic import atomic_write, write_text
 from repghost.classifier import ImageClassifier
 from repghost.curve import draw_curve
+from repghost.official import Row, standing
 
 TIMING = ("epoch", "train_seconds", "images_per_second", "validation_seconds")
 
@@ -25,6 +26,7 @@ class RunFiles(Callback):
         self._directory = directory
         self._curve_seconds = curve_seconds
         self._curve_drawn = 0.0
+        self.official: dict[int, Row] | None = None  # the official run to compare with, set once the data are known
         self._batches = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,11 +55,16 @@ class RunFiles(Callback):
             if file.tell() == 0:
                 writer.writerow(TIMING)
             writer.writerow([row["epoch"], f"{seconds:.2f}", f"{speed:.1f}", f"{now - self._validating:.2f}"])
+        if self.official and row["epoch"] in self.official:
+            official = {f"official_{k}": v for k, v in self.official[int(row["epoch"])].items() if k != "epoch"}
+            for logger in trainer.loggers:
+                logger.log_metrics(official, step=int(row["epoch"]))
         if now - self._curve_drawn >= self._curve_seconds:
             self._draw(pl_module)
         print(
             f"epoch {row['epoch'] + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
-            f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s",
+            f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s"
+            + (f"  {standing(row, self.official)}" if self.official else ""),
             flush=True,
         )
 
@@ -69,7 +76,7 @@ class RunFiles(Callback):
     def _draw(self, classifier: ImageClassifier) -> None:
         if classifier.history:
             with atomic_write(self._directory / "curve.png") as file:
-                draw_curve(classifier.history, file)
+                draw_curve(classifier.history, self.official, file)
         self._curve_drawn = time.perf_counter()
 
 

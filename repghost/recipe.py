@@ -1,6 +1,10 @@
-"""What a recipe means for one width."""
+"""What a recipe means for one width, and how far a run is from the paper's."""
 
-from omegaconf import DictConfig
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
 
 
 def resolve_recipe(config: DictConfig) -> None:
@@ -12,3 +16,38 @@ def resolve_recipe(config: DictConfig) -> None:
     threshold = config.recipe.rand_augment_from_width
     wide = threshold is not None and config.width >= threshold
     config.recipe.augment["jitter" if wide else "rand_augment"] = None
+
+
+def deviations(config: DictConfig, paper: DictConfig, ranks: int, precision: str) -> list[str]:
+    """In words, every value of a resolved run that is not the paper's.
+
+    paper: the content of conf/recipe/paper.yaml. precision: Lightning's name of the one in use.
+    """
+    paper = paper.copy()
+    paper.width = config.width
+    resolve_recipe(paper)
+    found = [
+        f"{key} {config[key]} instead of {paper[key]}"
+        for key in ("epochs", "batch_size", "image_size")
+        if config[key] != paper[key]
+    ]
+    mine, theirs = flat(config.recipe, "recipe."), flat(paper.recipe, "recipe.")
+    for key in sorted((mine.keys() | theirs.keys()) - {"recipe.name"}):
+        if mine.get(key) != theirs.get(key):
+            found.append(f"{key} {mine.get(key)} instead of {theirs.get(key)}")
+    if (per_device := config.batch_size // ranks // config.accumulate) != BATCHNORM_BATCH:
+        found.append(f"BatchNorm over {per_device} images per device instead of {BATCHNORM_BATCH}")
+    if precision == "32-true":
+        found.append("precision float32 instead of mixed")
+    if ranks > 1:
+        found.append("BatchNorm statistics averaged over the devices")
+    if config.weights:
+        found.append(f"starts from {config.weights}")
+    return found
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of a nested config; an empty mapping keeps its key."""
+    if not OmegaConf.is_dict(config) or not config:
+        return {prefix.rstrip("."): config}
+    return {k: v for key, value in config.items_ex(resolve=True) for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -17,7 +17,7 @@ from repghost.cli import run_name, say
 from repghost.errors import UserError
 from repghost.evaluation import evaluate
 from repghost.model import RepGhostNet, count_macs, count_parameters
-from repghost.recipe import resolve_recipe
+from repghost.recipe import deviations, flat, resolve_recipe
 from repghost.reparameterize import reparameterize
 from repghost.results import append_result
 from repghost.schedule import linear_scale
@@ -43,7 +43,7 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     directory = Path(config.output) / config.name
     written = directory / "config.yaml"
     if written.exists():
-        before, now = _flat(read_config(directory)), _flat(config)
+        before, now = flat(read_config(directory)), flat(config)
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not _starts_with(key, _MAY_CHANGE):
                 raise UserError(
@@ -108,23 +108,32 @@ def make_logger(config: DictConfig | None, directory: Path) -> Logger | None:
     return instantiate(config, save_dir=str(directory), name=directory.name)
 
 
-def describe(config: DictConfig, trainer: pl.Trainer, data: Any, model: RepGhostNet, directory: Path) -> None:
-    """Prints what is about to be trained, on what, and every deviation from the recipe's batch size."""
+def describe(
+    config: DictConfig, paper: DictConfig, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
+) -> None:
+    """Prints what is about to be trained, on what, and in what it deviates from the paper."""
     recipe, ranks = config.recipe, trainer.world_size
     rate = linear_scale(
         recipe.learning_rate, batch_size=config.batch_size, reference_batch_size=recipe.reference_batch_size
     )
     params, macs = count_parameters(model) / 1e6, count_macs(model, config.image_size) / 1e6
-    train, val = (len(data.index(split).samples) for split in ("train", "val"))
+    train, val = data.counts
+    differences = deviations(config, paper, ranks, str(trainer.precision))
     say(
-        f"run        {directory}\n"
+        f"run        {Path(config.output) / config.name}\n"
         f"network    RepGhostNet {config.width:g}x, {params:.2f}M parameters, {macs:.1f}M multiply-accumulates "
         f"at {config.image_size} pixels\n"
         f"data       {train:,} training and {val:,} validation images in {data.num_classes} classes\n"
-        f"recipe     {config.epochs} epochs, global batch {config.batch_size} on {ranks} device(s), precision "
-        f"{trainer.precision}\n"
+        f"recipe     {recipe.name}: {config.epochs} epochs, global batch {config.batch_size} on {ranks} device(s), "
+        f"precision {trainer.precision}\n"
         f"rate       {recipe.learning_rate:g} at batch {recipe.reference_batch_size}, scaled linearly to {rate:g} "
-        f"at batch {config.batch_size}"
+        f"at batch {config.batch_size}\n"
+        f"not as in the paper: {'; '.join(differences) or 'nothing'}\n"
+        + (
+            "every epoch is compared with the official run of this width"
+            if official
+            else "no official run to compare with: those are of the published widths, on ImageNet, for 300 epochs"
+        )
     )
 
 
@@ -208,12 +217,6 @@ def table(evaluation: dict[str, Any], title: str) -> str:
         "the largest"
     )
     return "\n".join(lines)
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not OmegaConf.is_dict(config):
-        return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items_ex(resolve=True) for k, v in _flat(value, f"{prefix}{key}.").items()}
 
 
 def _starts_with(key: str, prefixes: tuple[str, ...]) -> bool:

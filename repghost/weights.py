@@ -39,6 +39,16 @@ def read_weights(path: str | Path) -> StateDict:
     return state
 
 
+def start_from(model: RepGhostNet, source: str) -> None:
+    """Gives `model` the weights in the file `source`, all but the classifier, which keeps its initial ones."""
+    state = read_weights(source)
+    model_from_state(state, source, model.width)
+    if "conv_stem.bias" in state:
+        raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
+    own = model.state_dict()
+    model.load_state_dict({k: own[k] if k.startswith("classifier.") else v for k, v in state.items()})
+
+
 def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet:
     """The RepGhostNet that `state` belongs to, in training or fused form, in evaluation mode.
 

@@ -25,6 +25,7 @@ RECIPE: dict[str, Any] = {
     "ema_decay": 0.9999,
     "ema_span": None,
     "steps_per_epoch": 1251,
+    "freeze_epochs": 0,
     "channels_last": False,
     "compile": False,
     "seed": 0,

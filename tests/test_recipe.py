@@ -1,0 +1,233 @@
+"""The recipe against timm's, which the paper was trained with; every knob; the official curves; numerics."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+from test_classifier import RECIPE
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV2
+
+from repghost.classifier import ImageClassifier, smoothed_cross_entropy
+from repghost.curve import draw_curve
+from repghost.model import WIDTHS, repghostnet
+from repghost.official import EPOCHS, IMAGENET, official_curve, standing
+from repghost.recipe import deviations, resolve_recipe
+
+PAPER = OmegaConf.create((Path(__file__).parents[1] / "conf/recipe/paper.yaml").read_text())
+Program = Callable[..., int]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_ten_steps_equal_timm_s(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    mine = repghostnet(0.5, num_classes=10, dropout=0.0).to(dtype)
+    theirs = timm.create_model("repghostnet_050", num_classes=10, drop_rate=0.0).to(dtype)
+    theirs.load_state_dict(mine.state_dict())
+    initial = mine.classifier.weight.detach().clone()
+    batches = [(torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
+
+    classifier = ImageClassifier(mine, **{**RECIPE, "ema_decay": 0.9, "learning_rate": 2e-3})
+    optimizer = classifier.configure_optimizers()
+    for epoch, (images, labels) in enumerate(batches):  # each step at the rate of another epoch, over the warm-up
+        for group in optimizer.param_groups:
+            group["lr"] = classifier.epoch_learning_rate(epoch)
+        optimizer.zero_grad()
+        smoothed_cross_entropy(mine(images), labels, 0.1).backward()
+        optimizer.step()
+        classifier.ema.update(mine)
+
+    other = create_optimizer_v2(theirs, opt="sgd", lr=2e-3, momentum=0.9, weight_decay=1e-5)
+    schedule = CosineLRScheduler(other, t_initial=300, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-4)
+    average, loss = ModelEmaV2(theirs, decay=0.9), LabelSmoothingCrossEntropy(0.1)
+    for epoch, (images, labels) in enumerate(batches):
+        schedule.step(epoch)
+        other.zero_grad()
+        loss(theirs(images), labels).backward()
+        other.step()
+        average.update(theirs)
+
+    assert (mine.classifier.weight - initial).abs().max() > 0.01 * initial.abs().max()
+    for a, b in ((mine, theirs), (classifier.ema.model, average.module)):
+        for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+            if x.is_floating_point():
+                assert (x - y).abs().max() <= tolerance * y.abs().max(), name
+
+
+KNOBS = {
+    "recipe.learning_rate": 0.3,
+    "recipe.start_learning_rate": 0.05,
+    "recipe.final_learning_rate": 0.01,
+    "recipe.reference_batch_size": 32,
+    "recipe.warmup_epochs": 2,
+    "recipe.momentum": 0.5,
+    "recipe.weight_decay": 0.1,
+    "recipe.label_smoothing": 0.3,
+    "recipe.dropout": 0.5,
+    "recipe.ema_span": 0.9,
+    "recipe.scale": "[0.2,0.4]",
+    "recipe.ratio": "[0.2,0.4]",
+    "recipe.rand_augment_from_width": 0.05,
+    "recipe.augment.flip": 1.0,
+    "recipe.augment.jitter.brightness": 0.0,
+    "recipe.augment.jitter.contrast": 0.0,
+    "recipe.augment.jitter.saturation": 0.0,
+    "recipe.augment.erase.probability": 1.0,
+    "recipe.augment.mean": "[0.1,0.1,0.1]",
+    "recipe.augment.std": "[1,1,1]",
+    "seed": 3,
+    "batch_size": 9,
+    "image_size": 64,
+    "data.crop_fraction": 0.5,
+    "precision": "bf16",
+    "epochs": 3,
+}
+
+
+def logged(name: str) -> str:
+    return Path(f"outputs/{name}/metrics.csv").read_text()
+
+
+def test_every_knob_changes_the_result(train_tiny: Program) -> None:
+    assert train_tiny("name=base") == 0
+    assert train_tiny("name=again") == 0
+    assert logged("base") == logged("again")
+    unread = []
+    for key, value in KNOBS.items():
+        assert train_tiny(f"name={key}", f"{key}={value}") == 0, key
+        if logged(key) == logged("base"):
+            unread.append(key)
+    assert not unread
+
+
+def test_rand_augment_knobs_change_the_result(train_tiny: Program) -> None:
+    wide = "recipe.rand_augment_from_width=0.05"
+    assert train_tiny("name=base", wide) == 0
+    knobs = {"operations": 1, "magnitude": 2.6, "magnitude_std": 4, "probability": 1.0, "fill": "[0,0,255]"}
+    for key, value in knobs.items():
+        assert train_tiny(f"name={key}", wide, f"recipe.augment.rand_augment.{key}={value}") == 0
+        assert logged(key) != logged("base"), key
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_widths_choose_their_augmentation(width: float) -> None:
+    config = OmegaConf.merge(PAPER, {"width": width})
+    resolve_recipe(config)  # type: ignore[arg-type]
+    assert (config.recipe.augment.rand_augment is not None) == (width >= 1.3)
+    assert (config.recipe.augment.jitter is not None) == (width <= 1.11)
+
+
+def test_deviations_from_the_paper_are_named() -> None:
+    config = OmegaConf.merge(PAPER, {"width": 1.0, "accumulate": 1, "weights": None})
+    resolve_recipe(config)  # type: ignore[arg-type]
+    assert deviations(config, PAPER, 8, "16-mixed") == ["BatchNorm statistics averaged over the devices"]  # type: ignore[arg-type]
+    config.batch_size, config.recipe.momentum = 512, 0.8
+    found = "; ".join(deviations(config, PAPER, 1, "32-true"))  # type: ignore[arg-type]
+    for named in ("batch_size 512 instead of 1024", "momentum 0.8", "BatchNorm over 512 images", "float32"):
+        assert named in found
+
+
+def test_official_curves_are_for_the_official_setting_only() -> None:
+    for width in WIDTHS:
+        curve = official_curve(width, EPOCHS, IMAGENET)
+        assert curve is not None and curve[50]["ema_top1"] > 50
+        row = {"epoch": 50.0, "val_top1": curve[50]["val_top1"] + 1.5, "ema_top1": curve[50]["ema_top1"] - 0.25}
+        assert standing(row, curve) == "against the official run raw +1.50, EMA -0.25 points"
+    assert official_curve(0.9, EPOCHS, IMAGENET) is None
+    assert official_curve(1.0, 100, IMAGENET) is None
+    assert official_curve(1.0, EPOCHS, (1498, 299)) is None
+    assert "ended" in standing(
+        {"epoch": 299.0, "val_top1": 0, "ema_top1": 0}, official_curve(2.0, EPOCHS, IMAGENET) or {}
+    )
+
+
+def test_the_curve_is_drawn_with_and_without_the_official_one(tmp_path: Path) -> None:
+    official = official_curve(1.0, EPOCHS, IMAGENET)
+    assert official is not None
+    history = [official[e] for e in range(40)]
+    sizes = []
+    for curve in (None, official):
+        with open(tmp_path / "curve.png", "wb") as file:
+            draw_curve(history, curve, file)
+        sizes.append((tmp_path / "curve.png").stat().st_size)
+    assert sizes[0] < sizes[1]
+
+
+def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import train
+
+    monkeypatch.setattr(train, "official_curve", lambda width, *_: official_curve(1.0, EPOCHS, IMAGENET))
+    assert train_tiny("name=x", "logger=tensorboard") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("against the official run raw ") == 2
+    assert "every epoch is compared with the official run" in printed
+
+
+def test_other_data_have_no_official_run(train_tiny: Program, capsys: Any) -> None:
+    assert train_tiny("epochs=1") == 0
+    printed = capsys.readouterr().out
+    assert "no official run to compare with" in printed and "epochs 1 instead of 300" in printed
+
+
+def test_a_loss_that_is_not_a_number_stops_at_once(train_tiny: Program, capsys: Any) -> None:
+    assert (
+        train_tiny("name=x", "recipe.learning_rate=1e30", "recipe.warmup_epochs=0", "recipe.start_learning_rate=1") == 2
+    )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite in epoch 0, batch" in error and "positions" in error
+    assert not Path("outputs/x/checkpoints").exists()
+
+
+def test_the_last_good_checkpoint_survives(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = ImageClassifier.optimizer_step
+
+    def poisoned(self: ImageClassifier, epoch: int, batch_idx: int, *arguments: Any) -> None:
+        step(self, epoch, batch_idx, *arguments)
+        if (epoch, batch_idx) == (1, 1):
+            torch.nn.init.constant_(self.model.classifier.bias, float("nan"))
+
+    monkeypatch.setattr(ImageClassifier, "optimizer_step", poisoned)
+    assert train_tiny("name=x") == 2
+    saved = torch.load("outputs/x/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5 and all(t.isfinite().all() for t in saved["state_dict"].values())
+
+
+def test_deterministic_and_channels_last_do_not_change_the_data(train_tiny: Program) -> None:
+    assert train_tiny("name=a", "deterministic=true") == 0
+    assert train_tiny("name=b", "channels_last=false") == 0
+    losses = [float(next(csv.DictReader(logged(n).splitlines()))["train_loss"]) for n in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert not torch.are_deterministic_algorithms_enabled() or torch.use_deterministic_algorithms(False) is None
+
+
+def test_finetune_starts_from_weights_and_freezes_the_backbone(train_tiny: Program, shards: Path) -> None:
+    assert train_tiny("name=first") == 0
+    weights = Path("outputs/first/model.safetensors")
+    options = ["recipe=finetune", f"weights={weights}", "recipe.ema_span=null", "recipe.ema_decay=0"]
+    assert train_tiny("name=frozen", *options, "epochs=1", "freeze_epochs=1") == 0
+    assert train_tiny("name=free", *options, "epochs=1", "freeze_epochs=0") == 0
+    before, frozen, free = (
+        torch.load(f"outputs/{n}/checkpoints/last.ckpt", weights_only=True)["ema"] for n in ("first", "frozen", "free")
+    )
+    backbone = [name for name in before if not name.startswith("classifier") and "num_batches" not in name]
+    assert all(torch.equal(before[name], frozen[name]) for name in backbone)
+    assert not torch.equal(before["classifier.weight"], frozen["classifier.weight"])
+    assert not torch.equal(before["conv_stem.weight"], free["conv_stem.weight"])
+    assert train_tiny("name=fused", *options, f"weights={weights.with_name('model_fused.safetensors')}") == 2
+
+
+@pytest.mark.slow
+def test_compiled_training_keeps_the_keys(train_tiny: Program) -> None:
+    assert train_tiny("name=eager", "epochs=1") == 0
+    assert train_tiny("name=compiled", "epochs=1", "compile=true") == 0
+    saved = [torch.load(f"outputs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("eager", "compiled")]
+    assert list(saved[0]["state_dict"]) == list(saved[1]["state_dict"])
+    eager, compiled = (s["history"][0]["train_loss"] for s in saved)
+    assert eager == pytest.approx(compiled, rel=1e-2)
