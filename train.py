@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
 from repghost.cli import command
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         start_from(model, config.weights)
     classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
     files.official = official_curve(config.width, config.epochs, data.counts)
-    paper = OmegaConf.create((Path(__file__).parent / "conf/recipe/paper.yaml").read_text())
+    paper = Path(__file__).parent / "conf/recipe/paper.yaml"
     describe(config, paper, trainer, data, model, files.official is not None)
     trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(checkpoints), weights_only=True)
     evaluate_run(directory, trainer, data, Path(config.results))

@@ -9,7 +9,8 @@ Check: `pytest tests/test_augment.py`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from data.index import run_command
 from data.rand_augment import RandAugment, blend, channels, grey, mean_grey
 from data.sampling import (
     ERASE,
@@ -44,13 +46,13 @@ class Jitter:
     contrast: float
     saturation: float
 
-    def __call__(self, images: Tensor, uniforms: Tensor, grouped: bool) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32 of the integers 0 to 255, each part applied in the order drawn."""
+    def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors float32 [N, 3] and orders int64 [N] of `jitter`, from the draws float32 [N, DRAWS]."""
         strengths = (self.brightness, self.contrast, self.saturation)
         draws = uniforms[:, JITTER].unbind(1)
         factors = [_between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(draws, strengths, strict=True)]
         order = (uniforms[:, JITTER_ORDER].double() * len(ORDERS)).floor().long()
-        return jitter(images, torch.stack(factors, dim=1), order, grouped)
+        return torch.stack(factors, dim=1), order
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,6 @@ class Erase:
     probability: float
     area: Sequence[float]
     aspect: Sequence[float]
-
-    def __call__(self, pixels: Tensor, uniforms: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
-        """float32 [N, 3, H, W]: with noise of N(0, 1) in the rectangle of every sample that has one."""
-        height, width = pixels.shape[2:]
-        boxes = self.boxes(uniforms, height, width)
-        if grouped:
-            for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
-                if h > 0:
-                    image[:, top : top + h, left : left + w] = torch.randn(
-                        3, h, w, generator=generator, device=pixels.device
-                    )
-            return pixels
-        top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
-        y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
-        x = torch.arange(width, device=pixels.device)
-        inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-        noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
-        return torch.where(inside, noise, pixels)
 
     def boxes(self, uniforms: Tensor, height: int, width: int) -> Tensor:
         """int64 [N, 4]: (top, left, height, width) of each sample's rectangle, all 0 if it has none.
@@ -141,51 +125,78 @@ class Augment:
         """
         if grouped is None:
             grouped = _prefers_groups(images)
-        if not grouped:
-            return self._train(images, uniforms, generator, grouped)
-        return _by_pieces(images, lambda rows: self._train(images[rows], uniforms[rows], generator, grouped))
+        flipped = uniforms[:, FLIP] < self.flip
+        colour = None if self.jitter is None else self.jitter.draw(uniforms)
+        boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
+        mean, std = self._constants(images)
+        result = torch.empty_like(images, dtype=torch.float32) if grouped else None
+        for rows in _pieces(images) if grouped else [slice(None)]:
+            pixels = flip(images[rows], flipped[rows], grouped)
+            if self.rand_augment is not None:
+                pixels = self.rand_augment(pixels, uniforms[rows], grouped)
+            if colour is not None:
+                pixels = jitter(pixels, colour[0][rows], colour[1][rows], grouped)
+            pixels = normalize(pixels, mean, std, None if result is None else result[rows])
+            if boxes is not None:
+                pixels = erase(pixels, boxes[rows], generator, grouped)
+        return pixels if result is None else result
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalize uint8 [N, 3, H, W], nothing else: float32."""
+        mean, std = self._constants(images)
         if not _prefers_groups(images):
-            return self._normalize(images)
-        return _by_pieces(images, lambda rows: self._normalize(images[rows]))
+            return normalize(images, mean, std)
+        result = torch.empty_like(images, dtype=torch.float32)
+        for rows in _pieces(images):
+            normalize(images[rows], mean, std, result[rows])
+        return result
 
-    def _train(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
-        images = flip(images, uniforms[:, FLIP] < self.flip, grouped)
-        if self.rand_augment is not None:
-            images = self.rand_augment(images, uniforms, grouped)
-        if self.jitter is not None:
-            images = self.jitter(images, uniforms, grouped)
-        pixels = self._normalize(images)
-        if self.erase is not None:
-            pixels = self.erase(pixels, uniforms, generator, grouped)
-        return pixels
-
-    def _normalize(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.float()
-        return (pixels - channels(self.mean, pixels)).div_(channels(self.std, pixels))
+    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
+        like = images.new_empty(0, dtype=torch.float32)
+        return channels(self.mean, like), channels(self.std, like)
 
 
 def _prefers_groups(images: Tensor) -> bool:
     return images.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _by_pieces(images: Tensor, function: Callable[[slice], Tensor]) -> Tensor:
-    """float32 of the shape of `images`: `function` of the rows of each piece that a cache holds."""
-    output = torch.empty_like(images, dtype=torch.float32)
+def _pieces(images: Tensor) -> Iterator[slice]:
+    """Rows of each piece that a cache holds."""
     piece = max(1, _CACHED // images[0].numel())
-    for start in range(0, len(images), piece):
-        rows = slice(start, start + piece)
-        output[rows] = function(rows)
-    return output
+    return (slice(start, start + piece) for start in range(0, len(images), piece))
+
+
+def erase(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
+    """float32 [N, 3, H, W] with noise of N(0, 1) in the box of every sample, int64 [N, 4]; grouped: in place."""
+    if grouped:
+        for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
+            if h > 0:
+                image[:, top : top + h, left : left + w] = torch.randn(
+                    3, h, w, generator=generator, device=pixels.device
+                )
+        return pixels
+    height, width = pixels.shape[2:]
+    top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+    y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
+    x = torch.arange(width, device=pixels.device)
+    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
+    noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
+    return torch.where(inside, noise, pixels)
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
+    """float32 (pixels - mean) / std, into `out` if there is one."""
+    return torch.sub(pixels.float(), mean, out=out).div_(std)
 
 
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
     """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
     if grouped:
         index = flipped.nonzero().flatten()
-        return images.index_copy(0, index, images[index].flip(3))
+        if len(index) == len(images):
+            return images.flip(3)
+        return images.index_copy(0, index, images[index].flip(3)) if len(index) else images
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -206,20 +217,25 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Ten
             pixels = blend(degenerate, pixels, factor)
         return pixels
 
-    for sequence in order.unique().tolist():
-        index = (order == sequence).nonzero().flatten()
-        group = pixels[index]
+    sequences = set(order.tolist())
+    for sequence in sequences:
+        chosen = slice(None) if len(sequences) == 1 else order == sequence
+        group = pixels[chosen]  # a copy, unless all are in it
         for knob in ORDERS[sequence]:
-            group = blend(_degenerate(group, knob), group, factors[index, knob].view(-1, 1, 1, 1))
-        pixels[index] = group
+            _blend_in_place(group, knob, factors[chosen, knob].view(-1, 1, 1, 1))
+        if len(sequences) > 1:
+            pixels[chosen] = group
     return pixels
 
 
-def _degenerate(pixels: Tensor, knob: int) -> Tensor:
-    """What a factor of 0 leaves of float32 [N, 3, H, W]: black, the mean grey or grey."""
+def _blend_in_place(pixels: Tensor, knob: int, factor: Tensor) -> None:
+    """`blend` of float32 [N, 3, H, W] with what a factor of 0 leaves of it: black, its mean grey or its grey."""
     if knob == BRIGHTNESS:
-        return torch.zeros_like(pixels[:, :1, :1, :1])
-    return mean_grey(grey(pixels)) if knob == CONTRAST else grey(pixels)
+        pixels.mul_(factor)
+    else:
+        degenerate = mean_grey(grey(pixels)) if knob == CONTRAST else grey(pixels)
+        pixels.sub_(degenerate).mul_(factor).add_(degenerate)
+    pixels.clamp_(0.0, 255.0).floor_()
 
 
 def _mixed_order(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,3 +263,9 @@ def _options(kind: type[T], name: str, values: Mapping[str, Any] | None) -> T | 
         raise UserError(f"{name}: unknown or missing {wrong}; the keys are {', '.join(sorted(known))}")
     # Plain tuples instead of the configuration's own lists, which torch.compile could not follow.
     return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
+
+
+if __name__ == "__main__":
+    from data.show import main  # what builds a data set imports this module
+
+    sys.exit(run_command(main))

@@ -1,20 +1,24 @@
 """ImageNetData: shards in, augmented batches on the training device out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from data.augment import Augment
+from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
 from data.plan import EvaluationPlan, Plan, TrainPlan
 from data.reader import allow_open_files
-from data.sampling import Partition
-from data.torch_loader import Batch, TorchLoader
+from data.remote import is_url, stage
+from data.sampling import Partition, epoch_order
+from data.torch_loader import Batch, PlannedBatches, TorchLoader
+from repghost.cli import say
 from repghost.errors import UserError
 from repghost.seeding import step_seed
 
@@ -24,7 +28,7 @@ _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network
 class ImageNetData(pl.LightningDataModule):
     """Training and validation images of a shard folder.
 
-    root: the folder. train, val: globs of foreign shards, None for this project's own. batch_size: global.
+    root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. batch_size: global.
     workers: processes that decode, per rank, or `auto` for one a core. skip_budget: share of the training images that
     may be bad (masked and counted) per epoch; validation has none.
     """
@@ -55,18 +59,22 @@ class ImageNetData(pl.LightningDataModule):
             raise UserError(f"image_size={image_size}: the network divides by 32, so at least 32")
         if not 0 < crop_fraction <= 1:
             raise UserError(f"data.crop_fraction={crop_fraction} is not in (0, 1]")
-        if loader not in ("auto", "torch"):
-            raise UserError(f"loader={loader} is not one of auto, torch")
+        if loader not in ("auto", "dali", "torch"):
+            raise UserError(f"loader={loader} is not one of auto, dali, torch")
         if seed < 0:
             raise UserError(f"seed={seed}: not negative")
         self.augment = augment
-        self._splits: dict[str, Callable[[], Index]] = {
-            name: lambda name=name, pattern=pattern: load_index(  # type: ignore[misc]
-                root, name, Path(cache).expanduser(), pattern=pattern, class_names=class_names
+        if is_url(root) and (train or val):
+            raise UserError(
+                f"data.root={root}: shards named by data.train or data.val cannot be read from a URL: "
+                "copy them to a local folder"
             )
-            for name, pattern in (("train", train), ("val", val))
-        }
+        self._root = root
+        self._cache = cache
+        self._patterns = {"train": train, "val": val}
+        self._class_names = class_names
         self._indexes: dict[str, Index] = {}
+        self._loader_name = loader
         self._workers = workers
         self._prefetch = prefetch
         self._skip_budget = skip_budget
@@ -80,14 +88,25 @@ class ImageNetData(pl.LightningDataModule):
     # -- what the data set is --------------------------------------------------------------------------------------
 
     def load(self, *splits: str) -> Self:
-        """Loads the indexes of `train`, `val` or both; nothing else of this class works without."""
-        self._indexes = {split: self._splits[split]() for split in splits}
+        """Loads the indexes of `train`, `val` or both; nothing else of this class works without.
+
+        Shards at a URL are downloaded into the cache folder first.
+        """
+        root = stage(str(self._root), self._cache, splits) if is_url(self._root) else self._root
+        self._indexes = {
+            split: load_index(root, split, self._cache, self._patterns[split], self._class_names) for split in splits
+        }
         allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
         return self
 
     def index(self, split: str) -> Index:
         """The index of a split that was loaded."""
         return self._indexes[split]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Numbers of training and of validation images."""
+        return len(self.index("train")), len(self.index("val"))
 
     @property
     def num_classes(self) -> int:
@@ -102,6 +121,19 @@ class ImageNetData(pl.LightningDataModule):
             raise UserError(f"batch_size={self._batch_size} is larger than the {images} training images")
         return images // self._batch_size
 
+    def preview(self, samples: int, epochs: int) -> Iterator[Tensor]:
+        """Normalized [samples, 3, S, S] of the first training samples: as in evaluation, then as in each epoch."""
+        index, images = self.index("train"), range(min(samples, len(self.index("train"))))
+        one = Partition(samples=len(index), rows=1)
+        plain = PlannedBatches(self._evaluation_plan(index, one), self._image_size, keep_going=False)
+        yield self.augment.evaluate(torch.cat([plain[(0, i)][0] for i in images]))
+        seen = PlannedBatches(self._train_plan(index, one), self._image_size, keep_going=False)
+        for epoch in range(epochs):
+            positions = np.argsort(epoch_order(self._seed, epoch, len(index)))
+            batches = [seen[(epoch, int(positions[i]))] for i in images]
+            pixels, draws = torch.cat([b[0] for b in batches]), torch.cat([b[3] for b in batches])
+            yield self.augment.train(pixels, draws, torch.Generator().manual_seed(step_seed(self._seed, epoch)))
+
     def state_dict(self) -> dict[str, Any]:
         return {split: index.fingerprint for split, index in self._indexes.items()}
 
@@ -115,7 +147,7 @@ class ImageNetData(pl.LightningDataModule):
 
     # -- loaders ---------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TorchLoader:
+    def train_dataloader(self) -> TorchLoader | DaliLoader:
         index, trainer = self.index("train"), self._trainer
         partition = Partition(
             samples=len(index.samples),
@@ -124,10 +156,10 @@ class ImageNetData(pl.LightningDataModule):
             ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
         )
-        plan = TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
+        plan = self._train_plan(index, partition)
         return self._loader(plan, self._train_position, skip_bad=int(self._skip_budget * len(index.samples)))
 
-    def val_dataloader(self) -> TorchLoader:
+    def val_dataloader(self) -> TorchLoader | DaliLoader:
         index, trainer = self.index("val"), self._trainer
         partition = Partition(
             samples=len(index.samples),
@@ -136,20 +168,34 @@ class ImageNetData(pl.LightningDataModule):
             ranks=trainer.world_size,
             drop_last=False,
         )
-        plan = EvaluationPlan(index, partition, image_size=self._image_size, crop_fraction=self._crop_fraction)
+        plan = self._evaluation_plan(index, partition)
         return self._loader(plan, lambda: (0, 0), skip_bad=0)
 
-    def _loader(self, plan: Plan, position: Callable[[], tuple[int, int]], skip_bad: int) -> TorchLoader:
-        workers = (os.cpu_count() or 1) // self._local_ranks() if self._workers == "auto" else int(self._workers)
-        return TorchLoader(
-            plan,
-            image_size=self._image_size,
-            workers=max(1, workers) if self._workers == "auto" else workers,
-            prefetch=self._prefetch,
-            pin_memory=self._trainer.strategy.root_device.type == "cuda",
-            position=position,
-            skip_bad=skip_bad,
-        )
+    def _train_plan(self, index: Index, partition: Partition) -> TrainPlan:
+        return TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
+
+    def _evaluation_plan(self, index: Index, partition: Partition) -> EvaluationPlan:
+        return EvaluationPlan(index, partition, image_size=self._image_size, crop_fraction=self._crop_fraction)
+
+    def _loader(self, plan: Plan, position: Callable[[], tuple[int, int]], skip_bad: int) -> TorchLoader | DaliLoader:
+        share = (os.cpu_count() or 1) // self._local_ranks()
+        workers = max(1, share) if self._workers == "auto" else int(self._workers)
+        if self._loader_name == "auto":
+            # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
+            self._loader_name = "dali" if dali_installed() and workers > 0 else "torch"
+            say(f"loader     {self._loader_name}")
+        device = self._trainer.strategy.root_device
+        options: dict[str, Any] = {
+            "image_size": self._image_size,
+            "workers": workers,
+            "prefetch": self._prefetch,
+            "pin_memory": device.type == "cuda",
+            "position": position,
+            "skip_bad": skip_bad,
+        }
+        if self._loader_name == "dali":
+            return DaliLoader(plan, device_id=device.index, **options)
+        return TorchLoader(plan, **options)
 
     def _local_ranks(self) -> int:
         return self._trainer.world_size // self._trainer.num_nodes

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 import tarfile
 import warnings
@@ -54,9 +55,12 @@ FORMAT = 1
 IMAGE_MEMBERS = frozenset({"jpg", "jpeg", "png", "webp"})
 DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
 
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # webdataset's rule: the key ends at the first dot of the file name
+# webdataset's rule: the key ends at the first dot of the file name.
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _MAX_LONG_NAME_BLOCKS = 16
+# What tarfile raises on damaged headers: sizes that no file or memory has, words for numbers.
+TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError)
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,15 @@ def member_name(path: str | Path, offset: int) -> str:
     """Name of the tar member whose data begin at `offset`.
 
     Its header is the block before. A long name (GNU or PAX) stands in blocks before that one; they belong to
-    this member if a tar that is read from there begins with a member whose data are at `offset`.
+    this member if a tar that is read from there begins with a member whose data are at `offset`. Always a name that
+    can be printed, for it ends in messages.
     """
     block = tarfile.BLOCKSIZE
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below; only a failure to open it is caught here
+    except OSError as error:
+        return f"(image at byte {offset}: {error.strerror})"
+    with file:
         for blocks in (*range(3, _MAX_LONG_NAME_BLOCKS), 1):
             start = offset - blocks * block
             if start < 0:
@@ -126,11 +135,16 @@ def member_name(path: str | Path, offset: int) -> str:
             file.seek(start)
             try:
                 member = tarfile.TarFile(fileobj=file).next()
-            except (tarfile.TarError, ValueError):
+            except TAR_DAMAGE:
                 continue
             if member is not None and member.offset_data == offset:
-                return member.name
+                return printable(member.name)
     return f"(no tar header before byte {offset})"
+
+
+def printable(name: str) -> str:
+    """`name` on one line and in characters that every stream takes: others are escaped as in a Python string."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -150,10 +164,17 @@ def load_index(
     Without `pattern`, a manifest.json in `root` decides. Otherwise the shards are those of `pattern` (a glob,
     or webdataset's {0000..1023}; relative to `root`) or of DEFAULT_PATTERNS, scanned on first use into
     `cache` while other processes wait. `class_names` is a text file with a name on each line; without it
-    names come from the manifest or are the label numbers. Raises UserError for whatever is missing, damaged
-    or does not fit.
+    names come from the manifest or are the label numbers. Raises UserError for whatever is missing, damaged,
+    unreadable or does not fit.
     """
     root, cache = Path(root).expanduser(), Path(cache).expanduser()  # they may come from a file, not a shell
+    try:
+        return _load_index(root, split, cache, pattern, class_names)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
+
+
+def _load_index(root: Path, split: str, cache: Path, pattern: str | None, class_names: str | Path | None) -> Index:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: set data.root to the folder that holds the shards")
     classes: tuple[str, ...] | None = None
@@ -165,7 +186,7 @@ def load_index(
         shards = find_shards(root, split, pattern)
         samples = _scanned(shards, cache)
     if class_names is not None:
-        classes = tuple(Path(class_names).expanduser().read_text(encoding="utf-8").splitlines())
+        classes = _read_class_names(Path(class_names).expanduser())
     if classes is None:
         classes = tuple(str(label) for label in range(int(samples["label"].max()) + 1))
     index = Index(split, shards, samples, classes)
@@ -176,28 +197,66 @@ def load_index(
     return index
 
 
+def _read_class_names(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text with a class name on each line") from None
+
+
 def load_manifest(root: Path) -> dict[str, Any]:
     """manifest.json of a folder that data.write_shards wrote."""
     path = root / "manifest.json"
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
+    """The manifest in `content`, which came from `where`. What the readers use of it is there and of its type."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT and isinstance(manifest["splits"], dict)
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise UserError(f"{path}: not a manifest of format {FORMAT}: copy it again or write the shards again")
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {str(manifest['format'])[:20]}")
+        _expect(manifest, classes=list, splits=dict)
+        for entry in manifest["splits"].values():
+            _expect(entry, index=dict, shards=list)
+            _expect(entry["index"], file=str, sha256=str)
+            for shard in entry["shards"]:
+                _expect(shard, file=str, bytes=int)
+                if shard["bytes"] < 0:
+                    raise ValueError(f"{shard['file']} has {shard['bytes']} bytes")
+            for name in (entry["index"]["file"], *(shard["file"] for shard in entry["shards"])):
+                if name != os.path.basename(name) or name in ("", ".", ".."):  # nothing may lead out of the folder
+                    raise ValueError(f"{name!r} is not the name of a file in its folder")
+    except (ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{where}: not a manifest of format {FORMAT} ({reason}): copy it again or write the shards again"
+        ) from None
     return manifest
+
+
+def _expect(value: dict[str, Any], **types: type) -> None:
+    for key, kind in types.items():
+        if not isinstance(value[key], kind):
+            raise TypeError(f"its {key} is no {kind.__name__}")
+
+
+def split_entry(manifest: dict[str, Any], split: str, where: object) -> dict[str, Any]:
+    """What the manifest that came from `where` says of one split."""
+    if split not in manifest["splits"]:
+        raise UserError(f"{where}: no split {split}, only {', '.join(manifest['splits'])}")
+    return manifest["splits"][split]
 
 
 def _prepared(root: Path, manifest: dict[str, Any], split: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Shards and samples as the manifest lists them, once they are known to be what it describes."""
-    if split not in manifest["splits"]:
-        raise UserError(f"{root / 'manifest.json'}: no split {split}, only {', '.join(manifest['splits'])}")
-    entry = manifest["splits"][split]
+    entry = split_entry(manifest, split, root / "manifest.json")
     for shard in entry["shards"]:
         path = root / shard["file"]
         if not path.exists():
             raise UserError(f"{path}: missing, but the manifest lists it: copy it again")
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file")
         if path.stat().st_size != shard["bytes"]:
             raise UserError(
                 f"{path} has {path.stat().st_size} bytes, the manifest says {shard['bytes']}: copy it again"
@@ -207,7 +266,33 @@ def _prepared(root: Path, manifest: dict[str, Any], split: str) -> tuple[tuple[s
         raise UserError(f"{path}: missing, but the manifest lists it: copy it again")
     if file_sha256(path) != entry["index"]["sha256"]:
         raise UserError(f"{path}: not the file that manifest.json describes: copy both again")
-    return tuple(str(root / shard["file"]) for shard in entry["shards"]), np.load(path)
+    rows = _read_rows(path, [shard["bytes"] for shard in entry["shards"]])
+    if entry.get("images", len(rows)) != len(rows):
+        raise UserError(f"{path}: {len(rows)} images, but manifest.json says {entry['images']}: copy both again")
+    return tuple(str(root / shard["file"]) for shard in entry["shards"]), rows
+
+
+def _read_rows(path: Path, sizes: Sequence[int]) -> np.ndarray:
+    """[N] of SAMPLE from a file; each lies within its shard. `sizes`: bytes of the shards."""
+    try:
+        with open(path, "rb") as file:
+            rows = np.lib.format.read_array(file)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({printable(str(error))}): remove it and make it again") from None
+    if rows.dtype != SAMPLE or rows.ndim != 1:
+        raise UserError(f"{path}: not an index of this format, but {rows.ndim}-dimensional {rows.dtype}")
+    if not len(rows):
+        raise UserError(f"{path}: lists no images")
+    if (rows["shard"] >= len(sizes)).any():
+        raise UserError(f"{path}: names shard {rows['shard'].max()}, but there are {len(sizes)} shards")
+    outside = (rows["offset"] < 0) | (rows["offset"] > np.array(sizes)[rows["shard"]] - rows["size"])
+    for wrong, what in (
+        (outside, "lies outside of its shard"),
+        ((rows["height"] == 0) | (rows["width"] == 0), "has no pixels"),
+    ):
+        if wrong.any():
+            raise UserError(f"{path}: image {wrong.argmax()} {what}: remove it and make it again")
+    return rows
 
 
 def find_shards(root: Path, split: str, pattern: str | None) -> tuple[str, ...]:
@@ -229,7 +314,10 @@ def find_shards(root: Path, split: str, pattern: str | None) -> tuple[str, ...]:
 def _scanned(shards: Sequence[str], cache: Path) -> np.ndarray:
     """The samples of shards without a manifest, from the cache or by scanning them."""
     stats = [os.stat(shard) for shard in shards]
-    state = [(os.path.realpath(s), stat.st_size, stat.st_mtime_ns) for s, stat in zip(shards, stats, strict=True)]
+    for shard, status in zip(shards, stats, strict=True):
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{shard}: not a regular file")  # opening a pipe would wait for ever
+    state = [(os.path.realpath(s), st.st_size, st.st_mtime_ns) for s, st in zip(shards, stats, strict=True)]
     path = cache / "index" / f"{hashlib.sha256(repr((FORMAT, state)).encode()).hexdigest()[:32]}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -237,7 +325,7 @@ def _scanned(shards: Sequence[str], cache: Path) -> np.ndarray:
             samples = _scan(shards)
             with atomic_write(path) as file:
                 np.save(file, samples)
-        return np.load(path)
+        return _read_rows(path, [status.st_size for status in stats])
 
 
 def _scan(shards: Sequence[str]) -> np.ndarray:
@@ -265,14 +353,17 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     images: dict[str, tuple[int, int, int, int, int]] = {}
     labels: dict[str, int] = {}
     with open(path, "rb") as file:
-        start = file.read(8)
+        start, end = file.read(8), os.fstat(file.fileno()).st_size
         if start.startswith(_COMPRESSED):
             raise UserError(f"{path}: compressed, so samples cannot be read by offset: unpack it to a plain .tar")
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    match = _MEMBER.fullmatch(member.name)
+                    # Sizes are checked before memory is taken for them; a negative one would lead back for ever.
+                    if not 0 <= member.size <= end - member.offset_data:
+                        raise UserError(f"{path}: truncated or damaged in {printable(member.name)}: copy it again")
+                    match = _MEMBER.fullmatch(printable(member.name))
                     if match is None or not member.isreg() or member.issparse():
                         continue
                     key, extension = match[1], match[2].lower()
@@ -284,9 +375,12 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
                         if key in images:
                             raise UserError(f"{path}: key {key} is there twice")
                         images[key] = _describe(path, member, _data(tar, member))
-                check_tar_end(path, file, tar)
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: damaged or not a tar ({error}): copy it again") from None
+                check_tar_end(path, file, tar, end)
+        except UserError:
+            raise
+        except TAR_DAMAGE as error:
+            reason = printable(str(error)) or type(error).__name__
+            raise UserError(f"{path}: damaged or not a tar ({reason}): copy it again") from None
     for key in images:
         if key not in labels:
             raise UserError(f"{path}: key {key} has an image but no .cls")
@@ -318,18 +412,26 @@ def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, int
     try:
         width, height = open_image(data, decode=False).size
     except DecodeError as error:
-        raise UserError(f"{path}: {member.name}: {error}") from None
+        raise UserError(f"{path}: {printable(member.name)}: {error}") from None
     return member.offset_data, member.size, height, width, zlib.crc32(data)
 
 
-def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile) -> None:
-    """A tar ends in zero blocks; tarfile takes the end of the file, or garbage, for the end as well."""
+def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | None = None) -> None:
+    """A tar ends in zero blocks; tarfile takes the end of the file, or garbage, for the end as well.
+
+    With `end`, nothing else may stand before that byte: there are samples behind a hole, or behind the end of the
+    first of two tars in one file, that nobody would miss.
+    """
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"{path}: truncated or damaged after byte {tar.offset}: copy it again")
+    while end is not None and file.tell() < end:
+        rest = file.read(min(2**20, end - file.tell()))
+        if rest.count(0) < len(rest):
+            raise UserError(f"{path}: its tar ends at byte {tar.offset}, but there is more: copy it again")
 
 
-def verify(index: Index, checksums: Sequence[str] | None, workers: int) -> list[str]:
+def verify(index: Index, checksums: Sequence[str | None] | None, workers: int) -> list[str]:
     """A line for each shard or image of `index` that is not what it was; [] if all are well.
 
     `checksums` are the sha256 of the shards, where a manifest has them.
@@ -408,7 +510,7 @@ def _main(options: argparse.Namespace) -> int:
         index = load_index(options.root, split, options.cache, options.pattern, options.class_names)
         print(_summary(index))
         if options.verify:
-            checksums = [s["sha256"] for s in manifest["splits"][split]["shards"]] if manifest else None
+            checksums = [s.get("sha256") for s in manifest["splits"][split]["shards"]] if manifest else None
             damaged += verify(index, checksums, options.workers)
     for line in damaged:
         print(line)

@@ -209,10 +209,10 @@ def blend(degenerate: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """float32 [N, 1, H, W]: PIL's conversion to "L", ITU-R 601-2 luma in 16-bit fixed point."""
+    """float32 [N, 1, H, W]: PIL's conversion to "L", ITU-R 601-2 luma in 16-bit fixed point; no sum is rounded."""
     red, green, blue = pixels.split(1, dim=1)
-    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
-    return weighted.add_(32768).div_(65536).floor_()
+    weighted = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
+    return weighted.add_(0.5).floor_()
 
 
 def mean_grey(luma: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import resource
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 
 from data.index import Index
 from repghost.errors import UserError
@@ -29,9 +30,10 @@ class ShardReader:
             return
         for row in rows:
             sample = self.index.samples[row]
-            os.posix_fadvise(
-                self._file(int(sample["shard"])), int(sample["offset"]), int(sample["size"]), os.POSIX_FADV_WILLNEED
-            )
+            with suppress(OSError):  # reading will meet it again, and say whose image it is
+                os.posix_fadvise(
+                    self._file(int(sample["shard"])), int(sample["offset"]), int(sample["size"]), os.POSIX_FADV_WILLNEED
+                )
 
     def read(self, row: int) -> bytes:
         """The bytes of sample `row`; BadImage when they are not those that were indexed."""
@@ -49,11 +51,7 @@ class ShardReader:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            path = self.index.shards[shard]
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
+            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return self._files[shard]
 
 

@@ -15,7 +15,9 @@ import io
 import json
 import os
 import re
+import stat
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data.index import check_tar_end
+from data.index import TAR_DAMAGE, check_tar_end
 from data.parallel import available_cpus, run_parallel
 from repghost.errors import UserError
 
@@ -180,11 +182,18 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
     def stop(error: OSError) -> None:
         raise error
 
+    entered: set[str] = set()  # links may lead in circles
     for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if (real := os.path.realpath(path)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
         folders.sort()
         for name in sorted(names):
             full = os.path.join(path, name)
-            yield full, os.stat(full).st_size
+            status = os.stat(full)
+            if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                yield full, status.st_size
 
 
 # --- archives -------------------------------------------------------------------------------------
@@ -232,12 +241,14 @@ def _members(path: str, start: int = 0, size: int | None = None) -> Iterator[tar
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     _refuse_unsafe(path, member)
-                    if member.offset_data + member.size > end:
+                    if member.size < 0 or member.offset_data + member.size > end:
                         raise UserError(f"{path}: truncated in {member.name}: copy it again")
                     if not member.isdir():
                         yield member
                 check_tar_end(path, file, tar)
-        except tarfile.TarError as error:
+        except UserError:
+            raise
+        except TAR_DAMAGE as error:
             raise UserError(f"{path}: damaged or not a tar ({error}): copy it again") from None
 
 
@@ -262,7 +273,9 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
                 file = tar.extractfile(member)
                 if file is not None and PurePosixPath(member.name).name in wanted:
                     found[PurePosixPath(member.name).name] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except (*TAR_DAMAGE, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not a .tar.gz ({error}): copy it again") from None
     for name in wanted:
         if name not in found:

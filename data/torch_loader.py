@@ -13,12 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import crop, resize
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.plan import BatchPlan, Plan
 from data.reader import BadImage, ShardReader
+from repghost.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,23 @@ class TorchLoader(DataLoader):
         epoch, batch = self._position()
         self._route.epoch, self._route.batch = epoch, batch % self._route.batches
         bad = 0
-        for images, labels, positions, draws, errors in super().__iter__():
+        for images, labels, positions, draws, errors in self._batches():
             for error in errors:
                 bad += 1
                 if bad > self._skip_bad:
                     raise BadImage(f"{error} (data.skip_budget allows {self._skip_bad} bad image(s) per epoch)")
                 log.warning("skipped: %s", error)
             yield images, labels, positions, draws
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, list[str]]]:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"{error} (killed for memory? fewer data.workers or a smaller data.prefetch take less)"
+            ) from None
 
     def __len__(self) -> int:
         return self._route.batches
@@ -97,7 +107,7 @@ class PlannedBatches(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
         plan = self._plan(*key)
-        images = torch.zeros(plan.rows, 3, self._image_size, self._image_size, dtype=torch.uint8)
+        images = [torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)] * plan.rows
         labels = torch.full((plan.rows,), -1)
         labels[: len(plan.samples)] = torch.from_numpy(self._plan.index.samples["label"][plan.samples].astype(np.int64))
         errors: list[str] = []
@@ -110,7 +120,8 @@ class PlannedBatches(Dataset):
                 labels[row] = -1
                 if not self._keep_going:
                     break
-        return images, labels, torch.from_numpy(plan.positions), torch.from_numpy(plan.draws), errors
+        # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
+        return default_collate(images), labels, torch.from_numpy(plan.positions), torch.from_numpy(plan.draws), errors
 
     def _load(self, plan: BatchPlan, row: int, sample: int) -> Tensor:
         """uint8 [3, S, S]: read, decode, crop, resize, centre."""
@@ -120,12 +131,14 @@ class PlannedBatches(Dataset):
         except Exception as error:  # a decoder may raise anything; the cause goes into the one line
             raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
         top, left, height, width = plan.windows[row].tolist()
-        mode = InterpolationMode.BICUBIC if plan.bicubic[row] else InterpolationMode.BILINEAR
-        resized = resize(
-            image[:, top : top + height, left : left + width], plan.resized[row].tolist(), mode, antialias=True
+        resized = interpolate(
+            image[None, :, top : top + height, left : left + width],
+            plan.resized[row].tolist(),
+            mode="bicubic" if plan.bicubic[row] else "bilinear",
+            antialias=True,
         )
         top, left = plan.corners[row].tolist()
-        return crop(resized, top, left, self._image_size, self._image_size)
+        return resized[0, :, top : top + self._image_size, left : left + self._image_size]
 
 
 def decode(content: bytes) -> Tensor:
@@ -134,14 +147,14 @@ def decode(content: bytes) -> Tensor:
     torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
     CMYK in its own way; those go through PIL itself.
     """
-    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and _jpeg_components(content) != 4:
+    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
     with Image.open(io.BytesIO(content)) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _jpeg_components(content: bytes) -> int:
+def jpeg_components(content: bytes) -> int:
     """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
     at = 2
     while at + 9 < len(content) and content[at] == 0xFF:

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from repghost.errors import chain
+
 TEMPORARY = ".tmp"  # ending of files that are being written
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -16,6 +19,7 @@ def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO
 
     A block that raises, or a process that dies at any moment, leaves what was at `path` before. keep: a name in the
     same folder under which what was at `path` before is kept (a death between the two renames leaves only that one).
+    Raises OSError that names `path` when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +34,17 @@ def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
+        for link in chain(error):  # torch.save raises an error of its own over that of the write
+            if isinstance(link, OSError) and link.errno in DISK_FULL:
+                raise OSError(link.errno, link.strerror, str(path)) from None  # a failed write does not say where
         raise
     _sync_folder(path.parent)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what writers that were killed left under `folder`."""
+    for path in Path(folder).rglob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

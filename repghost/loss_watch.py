@@ -42,6 +42,6 @@ def _require_finite(finite: Tensor, event: torch.cuda.Event | None, epoch: int, 
     if not finite:
         first, last = int(positions[0]), int(positions[-1])
         raise UserError(
-            f"the loss is not finite in epoch {epoch}, batch {batch} (positions {first} to {last} of the epoch); the last "
-            "checkpoint is from before; begin a new run with a smaller learning rate or another precision"
+            f"the loss is not finite in epoch {epoch}, batch {batch} (positions {first} to {last} of the epoch); "
+            "the last checkpoint is from before; begin a new run with a smaller learning rate or another precision"
         )

@@ -18,7 +18,7 @@ def resolve_recipe(config: DictConfig) -> None:
     config.recipe.augment["jitter" if wide else "rand_augment"] = None
 
 
-def deviations(config: DictConfig, paper: DictConfig, ranks: int, precision: str) -> list[str]:
+def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> list[str]:
     """In words, every value of a resolved run that is not the paper's.
 
     paper: the content of conf/recipe/paper.yaml. precision: Lightning's name of the one in use.

@@ -109,16 +109,16 @@ def make_logger(config: DictConfig | None, directory: Path) -> Logger | None:
 
 
 def describe(
-    config: DictConfig, paper: DictConfig, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
+    config: DictConfig, paper: Path, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
 ) -> None:
-    """Prints what is about to be trained, on what, and in what it deviates from the paper."""
+    """Prints what is about to be trained, on what, and in what it deviates from the recipe in the file `paper`."""
     recipe, ranks = config.recipe, trainer.world_size
     rate = linear_scale(
         recipe.learning_rate, batch_size=config.batch_size, reference_batch_size=recipe.reference_batch_size
     )
     params, macs = count_parameters(model) / 1e6, count_macs(model, config.image_size) / 1e6
     train, val = data.counts
-    differences = deviations(config, paper, ranks, str(trainer.precision))
+    differences = deviations(config, OmegaConf.load(paper), ranks, str(trainer.precision))
     say(
         f"run        {Path(config.output) / config.name}\n"
         f"network    RepGhostNet {config.width:g}x, {params:.2f}M parameters, {macs:.1f}M multiply-accumulates "

@@ -206,6 +206,7 @@ def test_a_million_samples(tmp_path):
     count, shards = 1_281_167, 1024
     rows = np.zeros(count, SAMPLE)
     rows["shard"] = np.arange(count) * shards // count
+    rows["height"] = rows["width"] = 1
     rows["label"] = np.arange(count) % 1000
     np.save(tmp_path / "train.index.npy", rows)
     for i in range(shards):

@@ -1,0 +1,360 @@
+"""Shards at a URL: a real HTTP server with every fault that a network has, one at a time."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from data.index import load_index
+from data.remote import Limits, is_url, stage
+from repghost.errors import UserError
+
+BLOCK = 16_384
+QUICK = Limits(connections=2, block=BLOCK, timeout=0.3, slowest=5, attempts=3, backoff=0.01, downloads=2)
+SHARD = "train-000001.tar"
+Fault = str | int
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the files of a folder, and for `faults[file]`, in turn, what goes wrong with a request for it."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.faults: dict[str, Iterator[Fault]] = {}
+        self.requests: list[tuple[str, int]] = []  # (file, first byte)
+        self.changed = threading.Condition()
+        self.closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/shards"
+
+    def starts(self, name: str) -> list[int]:
+        """First bytes of the requests for a file so far."""
+        return [start for file, start in self.requests if file == name]
+
+    def await_request(self, name: str) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.starts(name), timeout=60)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        server, name = self.server, self.path.removeprefix("/shards/")
+        first, _, last = self.headers.get("Range", "bytes=-").removeprefix("bytes=").partition("-")
+        with server.changed:
+            server.requests.append((name, int(first or 0)))
+            fault = next(server.faults.get(name, iter(())), None)
+            server.changed.notify_all()
+        if isinstance(fault, int):
+            self.answer(fault, b"out of order")
+            return
+        try:
+            content = (server.folder / name).read_bytes()
+        except OSError:
+            self.answer(404, b"not here")
+            return
+        if not first or fault == "no ranges":
+            self.answer(200, content)
+        elif int(first) >= len(content):
+            self.answer(416, b"")
+        else:
+            self.answer(206, content[int(first) : int(last) + 1], fault)
+
+    def answer(self, status: int, body: bytes, fault: Fault | None = None) -> None:
+        if fault == "less":
+            body = body[: len(body) // 2]
+        if fault == "flip":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault not in ("short", "reset", "stall"):
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            self.server.closing.wait()
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.rfile, self.wfile = io.BytesIO(), io.BytesIO()
+        self.close_connection = True
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server(shards) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """{name: sha256} of what a loader reads."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def own_manifest(server: Server, folder: Path, **changes: object) -> None:
+    """Lets the server serve `folder`, which holds copies of the shards and the manifest with `changes` of train."""
+    folder.mkdir()
+    for path in server.folder.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"].update(changes)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    server.folder = folder
+
+
+# --- what works ---------------------------------------------------------------------------------------------------
+
+
+def test_staged_shards_are_those_of_the_server(server: Server, shards: Path, tmp_path: Path) -> None:
+    folder = stage(server.url, tmp_path, ["train", "val"], QUICK)
+    assert files_of(folder) == files_of(shards)
+    assert load_index(folder, "train", tmp_path).fingerprint == load_index(shards, "train", tmp_path).fingerprint
+    assert set(server.starts(SHARD)) == set(range(0, (shards / SHARD).stat().st_size, BLOCK)), "in blocks"
+    assert not list(folder.glob("parts/*.part"))
+
+
+def test_what_is_staged_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+    folder = stage(f"{server.url}/", tmp_path, ["val"], QUICK)
+    assert not any("train" in name for name, _ in server.requests), "only the split that is needed"
+    server.requests.clear()
+    assert stage(server.url, tmp_path, ["val"], QUICK) == folder
+    assert server.requests == [("manifest.json", 0)]
+    # What was damaged since is.
+    os.truncate(folder / "val-000000.tar", 100)
+    (folder / "val.index.npy").write_bytes(b"damaged")
+    stage(server.url, tmp_path, ["val"], QUICK)
+    assert {name for name, _ in server.requests} == {"manifest.json", "val-000000.tar", "val.index.npy"}
+    assert len(load_index(folder, "val", tmp_path)) == 15
+
+
+def test_another_data_set_at_the_same_url_gets_another_folder(server: Server, tmp_path: Path) -> None:
+    before = stage(server.url, tmp_path / "cache", ["val"], QUICK)
+    own_manifest(server, tmp_path / "other", images=45, note="other")
+    after = stage(server.url, tmp_path / "cache", ["val"], QUICK)
+    assert before != after and before.parent == after.parent and before.name.startswith("shards-")
+
+
+def test_other_storages(shards: Path, tmp_path: Path) -> None:
+    assert is_url("s3://bucket/shards") and not is_url("/data/shards") and not is_url(shards)
+    folder = stage(f"file://{shards}", tmp_path, ["train"], QUICK)
+    assert files_of(folder).items() < files_of(shards).items()
+
+
+def test_a_run_reads_a_url_like_a_folder(server: Server, shards: Path, tmp_path: Path) -> None:
+    def data(*overrides: str) -> object:
+        with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+            settings = ["recipe=quick", f"data.root={server.url}", f"data.cache={tmp_path}", *overrides]
+            return instantiate(compose("train", settings).data)
+
+    loaded = data().load("val")
+    assert loaded.num_classes == 3 and len(loaded.index("val")) == 15
+    assert Path(loaded.index("val").shards[0]).is_relative_to(tmp_path / "staged")
+    with pytest.raises(Exception, match=r"data\.train or data\.val cannot be read from a URL"):
+        data("data.train='*.tar'")
+
+
+# --- faults that pass ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [["stall"], ["reset"], ["short"], ["less"], [500, 500], [503], [429], ["reset", "stall"]],
+    ids=lambda faults: " ".join(map(str, faults)),
+)
+def test_a_fault_that_passes_costs_one_block(server: Server, shards: Path, tmp_path: Path, faults: list[Fault]) -> None:
+    server.faults[SHARD] = iter(faults)
+    folder = stage(server.url, tmp_path, ["train"], QUICK)
+    assert files_of(folder).items() < files_of(shards).items()
+    blocks = -(-(shards / SHARD).stat().st_size // BLOCK)
+    assert server.starts(SHARD) == [0] * len(faults) + [i * BLOCK for i in range(blocks)]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train.index.npy"])
+def test_faults_of_a_file_of_unknown_length(server: Server, shards: Path, tmp_path: Path, name: str) -> None:
+    server.faults[name] = iter([500, 502])
+    assert files_of(stage(server.url, tmp_path, ["train"], QUICK)).items() < files_of(shards).items()
+    assert server.starts(name) == [0, 0, 0]
+
+
+def test_wrong_bytes_are_fetched_again_from_the_start(server: Server, shards: Path, tmp_path: Path) -> None:
+    server.faults[SHARD] = iter(["flip"])
+    folder = stage(server.url, tmp_path, ["train"], QUICK)
+    assert files_of(folder).items() < files_of(shards).items()
+    assert server.starts(SHARD).count(0) == 2
+
+
+def test_a_server_without_ranges(server: Server, shards: Path, tmp_path: Path) -> None:
+    server.faults[SHARD] = iter(["no ranges"])
+    server.faults["train-000000.tar"] = iter(["less", "no ranges"])
+    folder = stage(server.url, tmp_path, ["train"], QUICK)
+    assert files_of(folder).items() < files_of(shards).items()
+    assert server.starts(SHARD) == [0]
+
+
+# --- faults that stay ---------------------------------------------------------------------------------------------
+
+STAYING = {
+    "missing": (SHARD, 404, f"{SHARD}: not there, but the manifest lists it"),
+    "gone": (SHARD, 410, f"{SHARD}: refused .*410"),
+    "forbidden": (SHARD, 403, f"{SHARD}: access denied .*403"),
+    "broken server": (SHARD, 500, f"{SHARD}: ClientResponseError 500.*given up after 3 attempts"),
+    "stalled": (SHARD, "stall", f"{SHARD}: .*[Tt]imeout.*given up after 3 attempts"),
+    "reset": (SHARD, "reset", f"{SHARD}: Client.*given up after 3 attempts"),
+    "cut off": (SHARD, "short", f"{SHARD}: ClientPayloadError.*given up after 3 attempts"),
+    "too few bytes": (SHARD, "less", rf"{SHARD}: \d+ bytes came instead of {BLOCK} .*3 attempts"),
+    "wrong bytes": (SHARD, "flip", f"{SHARD}: not the file that manifest.json there describes .*after 2 downloads"),
+    "no manifest": ("manifest.json", 404, "/shards: no manifest.json there: .* must be one that"),
+    "closed manifest": ("manifest.json", 401, "manifest.json: access denied"),
+    "no index": ("train.index.npy", 404, "train.index.npy: not there"),
+}
+
+
+@pytest.mark.parametrize("case", STAYING)
+def test_a_fault_that_stays_is_one_error_that_names_the_file(server: Server, tmp_path: Path, case: str) -> None:
+    name, fault, message = STAYING[case]
+    server.faults[name] = repeat(fault)
+    with pytest.raises(UserError, match=message) as error:
+        stage(server.url, tmp_path, ["train"], QUICK)
+    assert server.url in str(error.value) and "\n" not in str(error.value)
+    final = isinstance(fault, int) and fault < 500
+    assert len(server.starts(name)) == 1 if final else len(server.starts(name)) >= QUICK.attempts
+    assert not list(tmp_path.glob(f"staged/*/{name}"))
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/shards"
+        with pytest.raises(UserError, match=r"manifest\.json: ClientConnectorError .*given up after 3 attempts"):
+            stage(url, tmp_path, ["train"], QUICK)
+
+
+def test_a_package_or_protocol_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="carrier-pigeon://roof: Protocol not known"):
+        stage("carrier-pigeon://roof", tmp_path, ["train"], QUICK)
+    try:
+        import s3fs  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="s3://bucket/shards: Install s3fs"):
+            stage("s3://bucket/shards", tmp_path, ["train"], QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": [{"file": "../../evil.tar", "bytes": 1, "sha256": ""}]}, r"'\.\./\.\./evil\.tar' is not the name"),
+        ({"shards": [{"file": "/etc/evil.tar", "bytes": 1, "sha256": ""}]}, "'/etc/evil.tar' is not the name"),
+        ({"index": {"file": "..", "sha256": ""}}, r"'\.\.' is not the name"),
+        ({"shards": [{"file": "x.tar", "bytes": 1}]}, "no checksums"),
+        ({"shards": [{"file": "x.tar", "bytes": -1, "sha256": ""}]}, "-1 bytes"),
+        ({"shards": [{"file": "x.tar", "bytes": 10**18, "sha256": ""}]}, r"GB are needed for http.*data\.cache"),
+        ({"shards": 7}, "its shards is no list"),
+    ],
+)
+def test_manifests_that_are_refused(server: Server, tmp_path: Path, change: dict, message: str) -> None:
+    own_manifest(server, tmp_path / "served", **change)
+    with pytest.raises(UserError, match=message) as error:
+        stage(server.url, tmp_path / "cache", ["train"], QUICK)
+    assert server.url in str(error.value)
+    assert {name for name, _ in server.requests} == {"manifest.json"}
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_a_web_page_is_no_manifest(server: Server, tmp_path: Path) -> None:
+    server.folder = tmp_path
+    (tmp_path / "manifest.json").write_text("<html>Log in</html>")
+    with pytest.raises(UserError, match=rf"{server.url}/manifest\.json: not a manifest of format 1"):
+        stage(server.url, tmp_path / "cache", ["train"], QUICK)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_split_that_is_not_there(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no split test, only train, val"):
+        stage(server.url, tmp_path, ["test"], QUICK)
+
+
+def test_a_disk_that_fills_up(server: Server, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the write fails in the same place."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * BLOCK, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"staged/shards-\w+: File too large: make room, or set data\.cache"):
+            stage(server.url, tmp_path, ["train"], QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    stage(server.url, tmp_path, ["train"], QUICK)
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_file_is_gone_on_with(server: Server, shards: Path, tmp_path: Path) -> None:
+    server.faults[SHARD] = iter([*repeat(None, 2), *repeat(500, QUICK.attempts)])
+    with pytest.raises(UserError, match="start again to go on"):
+        stage(server.url, tmp_path, ["train"], QUICK)
+    server.requests.clear()
+    folder = stage(server.url, tmp_path, ["train"], QUICK)
+    assert server.starts(SHARD)[0] == 2 * BLOCK
+    assert files_of(folder).items() < files_of(shards).items()
+
+
+@pytest.mark.parametrize("length", [100, 10**6])
+def test_an_unfinished_file_of_other_bytes(server: Server, shards: Path, tmp_path: Path, length: int) -> None:
+    folder = stage(server.url, tmp_path, ["val"], QUICK)
+    (folder / "parts" / f"{SHARD}.part").write_bytes(np.random.default_rng(0).bytes(length))
+    stage(server.url, tmp_path, ["train"], QUICK)
+    assert files_of(folder) == files_of(shards)
+
+
+def test_processes_that_stage_at_once_share_the_work(server: Server, shards: Path, tmp_path: Path) -> None:
+    """One process begins, the other joins in, waits for the file that the first is at, and ends it when that dies."""
+    server.faults[SHARD] = iter(["stall"])
+    patient = Limits(**{**vars(QUICK), "timeout": 600, "slowest": 600})
+    first = multiprocessing.get_context("spawn").Process(target=stage, args=(server.url, tmp_path, ["train"], patient))
+    first.start()
+    server.await_request(SHARD)
+    found: list[Path] = []
+    second = threading.Thread(target=lambda: found.append(stage(server.url, tmp_path, ["train"], QUICK)))
+    second.start()
+    second.join(1.5)
+    assert second.is_alive(), "not before everything is there"
+    first.kill()
+    first.join()
+    second.join(60)
+    assert files_of(found[0]).items() < files_of(shards).items()
+    for name in ("train-000000.tar", "train-000002.tar", "train.index.npy"):
+        assert server.starts(name).count(0) == 1, "once for both"
+    assert server.starts(SHARD).count(0) == 2
