@@ -1,0 +1,18 @@
+"""The grid of augmented samples."""
+
+from pathlib import Path
+
+import pytest
+from data.show import main
+from PIL import Image
+
+
+@pytest.mark.parametrize("width", [1.0, 1.3])
+def test_the_grid_has_a_row_for_each_sample(shards: Path, tmp_path: Path, width: float) -> None:
+    out = tmp_path / "grid.png"
+    options = ["--show", "--out", str(out), "--samples", "3", "--epochs", "4"]
+    assert main([*options, f"data.root={shards}", f"width={width}", "image_size=32"]) == 0
+    with Image.open(out) as grid:
+        assert grid.size == (5 * 36 + 4, 3 * 36 + 4)
+        cells = {grid.crop((4 + 36 * i, 4, 36 + 36 * i, 36)).tobytes() for i in range(5)}
+    assert len(cells) == 5, "every epoch shows another picture"
