@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format lock table clean
+.PHONY: help demo test test-slow lint format lock table reproduce clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -32,11 +32,18 @@ format: $(READY) ## format the code and sort the imports
 	$(BIN)/ruff format .
 
 lock: $(READY) ## resolve pyproject.toml and pins.txt into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --all-extras --constraint pins.txt --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra train --extra dev --constraint pins.txt --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade --quiet --output-file requirements.lock
 
-table: $(READY) ## the paper's table beside what was measured
-	$(BIN)/python -m repghost.results
+table: $(READY) ## the paper's table beside what was measured, printed and written into README.md (DATA: the set's name)
+	$(BIN)/python -m repghost.results $(if $(DATA),--data $(notdir $(DATA:/=))) --readme README.md
+
+reproduce: $(READY) ## evaluate the eight published weights on the shards in DATA, print the table: make reproduce DATA=SHARDS
+	@test -n "$(DATA)" || { echo "make reproduce DATA=SHARDS: the folder of ImageNet's shards is needed"; exit 2; }
+	for width in 0.5 0.58 0.8 1.0 1.11 1.3 1.5 2.0; do \
+		$(BIN)/python evaluate.py weights=timm width=$$width data.root="$(DATA)" || exit; \
+	done
+	@$(BIN)/python -m repghost.results --data $(notdir $(DATA:/=))
 
 clean: ## remove the environment (runs and results stay)
 	rm -rf $(VENV)

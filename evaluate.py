@@ -1,7 +1,9 @@
 """Evaluates a run, or any weights: python evaluate.py run=outputs/NAME
-                                 python evaluate.py weights=FILE width=1.0 data.root=SHARDS
+                                 python evaluate.py weights=timm width=1.0 data.root=SHARDS
+                                 python evaluate.py weights=FILE width=1.0 data=imagenet_a data.root=SHARDS
 
-Counts every validation image once, in float32, with the trained and with the fused form of the network.
+Counts every validation image once, in float32 unless the command says otherwise, with the trained and with the fused
+form of the network.
 """
 
 from pathlib import Path
@@ -11,33 +13,52 @@ from omegaconf import DictConfig
 
 from repghost.cli import command, say
 from repghost.errors import UserError
+from repghost.imagenet import published_accuracy
+from repghost.progress import SpeedBar
 from repghost.results import append_result
 from repghost.run import data_name, evaluate_model, evaluate_selection, resolved_for_evaluation, table, write_evaluation
-from repghost.weights import model_from_state, read_weights
+from repghost.weights import load_model
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
     if (config.run is None) == (config.weights is None):
-        raise UserError("give either run=outputs/NAME or weights=FILE")
+        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
     config = resolved_for_evaluation(config)
-    trainer = instantiate(config.trainer)(directory=Path.cwd())
+    trainer = instantiate(config.trainer)(directory=Path.cwd(), callbacks=[SpeedBar(refresh_rate=1)])
+    name = Path(config.run or str(config.weights).removeprefix("official:")).name
+    if config.weights is not None:
+        name = f"{Path(name).stem}-{config.width:g}"
+    folder = Path(config.run or Path(config.results).parent / name)
+    if config.test_set:
+        folder = folder / config.test_set
+    options = {
+        "test_set": config.test_set,
+        "real_labels": config.real_labels,
+        "autocast": config.precision != "float32",
+        "report": [config.report] if isinstance(config.report, str) else list(config.report or ()),
+        "folder": folder,
+    }
     if config.run is not None:
         data = instantiate(config.data).load("val")
-        directory = Path(config.run)
-        evaluation = evaluate_selection(directory, config.selection, trainer, data, config.image_size)
-        title, name = f"{directory}, EMA, {config.selection} epoch", directory.name
+        evaluation = evaluate_selection(Path(config.run), config.selection, trainer, data, config.image_size, **options)
+        title = f"{config.run}, EMA, {config.selection} epoch"
     else:
-        model = model_from_state(read_weights(config.weights), config.weights, config.width)
+        model = load_model(config.weights, config.width)
         data = instantiate(config.data).load("val")
-        evaluation = evaluate_model(model, trainer, data, config.width, config.image_size)
+        evaluation = evaluate_model(model, trainer, data, config.width, config.image_size, **options)
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
-        title, name = f"{config.weights}, width {config.width:g}", Path(config.weights).stem
+        title = f"{config.weights}, width {config.width:g}"
+    evaluation |= {"crop_fraction": config.data.crop_fraction, "precision": str(trainer.precision)}
     say(table(evaluation, title))
+    if config.test_set and (expected := published_accuracy(config.test_set, evaluation["width"])):
+        say(f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%")
+    if options["report"]:
+        say(f"  reports in {folder}")
     if trainer.is_global_zero:
-        append_result(config.results, name, data_name(config), evaluation)
-        if config.run is not None:
-            write_evaluation(directory, evaluation)
+        append_result(config.results, name, config.test_set or data_name(config), evaluation)
+        if config.run is not None and not config.test_set:
+            write_evaluation(Path(config.run), evaluation)
 
 
 if __name__ == "__main__":

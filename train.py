@@ -1,7 +1,8 @@
 """One training run: python train.py width=1.0 data.root=SHARDS trainer=gpu trainer.devices=8
 
 Composes conf/train.yaml with the command line, trains, and evaluates what it trained. The same command again resumes
-the run where it stopped, and does nothing when it is finished.
+the run where it stopped, and does nothing when it is finished. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it between two
+batches, saved, with exit code 75.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
 from repghost.cli import command
 from repghost.official import official_curve
 from repghost.progress import RunFiles, SpeedBar
+from repghost.ranks import ranks_end_together
 from repghost.run import describe, evaluate_run, is_finished, make_logger, open_run
 from repghost.weights import start_from
 
@@ -24,25 +26,27 @@ def main(config: DictConfig) -> None:
     if is_finished(directory):
         print(f"{directory} is finished; evaluation.json in it holds the result")
         return
-    checkpoints = directory / "checkpoints"
+    folder = directory / "checkpoints"
+    checkpoints = Checkpoints(folder, **config.checkpoint)
     files = RunFiles(directory, config.curve_seconds)
     trainer = instantiate(config.trainer)(
         directory=directory,
-        callbacks=[Checkpoints(checkpoints, **config.checkpoint), files, SpeedBar(refresh_rate=1)],
+        callbacks=[checkpoints, files, SpeedBar(refresh_rate=1)],
         logger=make_logger(config.logger, directory),
         plugins=[AtomicCheckpointIO()],
     )
-    data = instantiate(config.data).load("train", "val")
-    pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
-    model = instantiate(config.model, num_classes=data.num_classes)
-    if config.weights:
-        start_from(model, config.weights)
-    classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
-    files.official = official_curve(config.width, config.epochs, data.counts)
-    paper = Path(__file__).parent / "conf/recipe/paper.yaml"
-    describe(config, paper, trainer, data, model, files.official is not None)
-    trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(checkpoints), weights_only=True)
-    evaluate_run(directory, trainer, data, Path(config.results))
+    with checkpoints.signals, ranks_end_together(trainer):
+        data = instantiate(config.data).load("train", "val")
+        pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
+        model = instantiate(config.model, num_classes=data.num_classes)
+        if config.weights:
+            start_from(model, config.weights)
+        classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
+        files.official = official_curve(config.width, config.epochs, data.counts)
+        paper = Path(__file__).parent / "conf/recipe/paper.yaml"
+        describe(config, paper, trainer, data, model, files.official is not None)
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
+        evaluate_run(directory, trainer, data, Path(config.results))
 
 
 if __name__ == "__main__":

@@ -131,14 +131,15 @@ class PlannedBatches(Dataset):
         except Exception as error:  # a decoder may raise anything; the cause goes into the one line
             raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
         top, left, height, width = plan.windows[row].tolist()
-        resized = interpolate(
-            image[None, :, top : top + height, left : left + width],
-            plan.resized[row].tolist(),
-            mode="bicubic" if plan.bicubic[row] else "bilinear",
-            antialias=True,
-        )
-        top, left = plan.corners[row].tolist()
-        return resized[0, :, top : top + self._image_size, left : left + self._image_size]
+        return resize(image[:, top : top + height, left : left + width], plan, row, self._image_size)
+
+
+def resize(window: Tensor, plan: BatchPlan, row: int, image_size: int) -> Tensor:
+    """uint8 [3, S, S] of the window uint8 [3, h, w] that `plan` cuts for a row: resized, and its centre cut out."""
+    mode = "bicubic" if plan.bicubic[row] else "bilinear"
+    resized = interpolate(window.unsqueeze(0), plan.resized[row].tolist(), mode=mode, antialias=True)
+    top, left = plan.corners[row].tolist()
+    return resized[0, :, top : top + image_size, left : left + image_size]
 
 
 def decode(content: bytes) -> Tensor:

@@ -1,13 +1,18 @@
 """What is saved, when and how.
 
-`last.ckpt` is written at the end of every epoch and every `minutes` in between; the one before it stays as
-`previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` are copies of the epoch that was best on the validation images.
+`last.ckpt` is written at the end of every epoch, every `minutes` in between, and when a signal stops the run; the one
+before it stays as `previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` are copies of the epoch that was best on the
+validation images. `last.ckpt` is what counts: whatever a process that died did not get to do after it is done when the
+run is resumed. A checkpoint that is written during a validation resumes at the beginning of that validation.
+
 Files are written whole or not at all, their records carry checksums (the CRC32 of the zip format that torch.save
 writes), and they are read with `weights_only=True`, so that nothing in them is executed.
+Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
 import pickle
 import shutil
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -15,16 +20,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from repghost.atomic import atomic_write
+from repghost.atomic import atomic_write, remove_leftovers
 from repghost.classifier import ImageClassifier
 from repghost.errors import UserError
+from repghost.signals import GO_ON, SAVE, STOP, Agreement, StopSignals, replace_lightnings_handling
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
+
+# Changes with the content of a checkpoint; 1 had no such key.
+FORMAT = 2
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -33,22 +45,39 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         with atomic_write(path, keep=PREVIOUS if path.name == LAST else None) as file:
-            torch.save(checkpoint, file)
+            torch.save({**checkpoint, "format": FORMAT}, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(path)
+        content = read_checkpoint(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path}: a run cannot go on from this, it is {describe(content)}")
+        return content
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a file written by `torch.save`, on the CPU, without executing anything in it."""
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """The content of a file written by `torch.save`, on the CPU, without executing anything in it.
+
+    Raises UserError for a damaged file, and for one that holds more than tensors and plain values.
+    """
+    path = Path(path)
     try:
+        if zipfile.is_zipfile(path) and (problem := damage(path)):
+            raise UserError(f"{path}: damaged ({problem})")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+        tarfile.TarError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_sentence(error)})") from None
 
 
@@ -57,9 +86,24 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         return str(error)
     return f"record {record} has a wrong checksum" if record else None
+
+
+def describe(content: Any) -> str:
+    """What the content of a file is that is no checkpoint of this program; a noun phrase."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return f"a state dict of {len(content)} tensors (weights=FILE starts a new run from one)"
+    if "pytorch-lightning_version" in content:
+        if "ema" not in content or "history" not in content:
+            return f"a checkpoint of another program, of Lightning {content['pytorch-lightning_version']}"
+        return f"a checkpoint of another version of this program: format {content.get('format', 1)}, not {FORMAT}"
+    if "state_dict" in content and "arch" in content:
+        return f"a checkpoint of timm's training script, of the network {content['arch']}"
+    return f"a dictionary with the keys {', '.join(sorted(map(str, content))[:5]) or '(none)'}"
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -68,53 +112,136 @@ def resume_point(folder: Path) -> Path | None:
     for path in found:
         if (problem := damage(path)) is None:
             return path
-        rank_zero_warn(f"{path} is damaged ({problem}): falling back to the one before")
+        rank_zero_warn(f"{path} is damaged ({problem}): going on from the one before")
     if found:
         raise UserError(f"{folder}: no checkpoint in it is undamaged; delete the folder to begin anew")
     return None
 
 
-class Checkpoints(Checkpoint):
-    """Saves `last.ckpt` every epoch and every `minutes`, and copies of the best epochs."""
+# -- when to save ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, folder: Path, minutes: float) -> None:
+
+class Checkpoints(Checkpoint):
+    """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and copies of the best epochs.
+
+    signals: to be entered around the training, see StopSignals.
+    """
+
+    def __init__(self, folder: Path, minutes: float, exit_code: int, grace_seconds: float) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
+        self.signals = StopSignals(exit_code, grace_seconds)
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
+        self._agreement = Agreement()
+        self._resumed_at_the_end_of_an_epoch = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        replace_lightnings_handling(trainer)
+        if trainer.is_global_zero:
+            remove_leftovers(self._folder.parent)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signals.defer()
+        if self._resumed_at_the_end_of_an_epoch:
+            self._keep_best(trainer, Path(str(trainer.ckpt_path)))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
+        _require_one_resume_point(trainer)
+        if trainer.ckpt_path and trainer.is_global_zero:
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current.completed % int(trainer.num_training_batches)
+            print(
+                f"resumed    {trainer.ckpt_path}: epoch {trainer.current_epoch + 1}, {batch} batches are done",
+                flush=True,
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not at the end of an epoch, where validation is still to come, nor between accumulated batches.
-        last = batch_idx + 1 == trainer.num_training_batches
-        if last or (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        due = time.monotonic() - self._saved >= self._seconds
-        if trainer.strategy.broadcast(due):
-            self._save(trainer)
+        # Not after the last batch: Lightning would leave out the validation when it resumes there. The first batch of
+        # the validation is as good. Nor between accumulated batches, whose gradients are in no checkpoint.
+        if batch_idx + 1 < trainer.num_training_batches and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._save_or_stop(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, ImageClassifier)
         self._save(trainer)
-        if trainer.is_global_zero:
-            for name, column in BEST.items():
-                values = [row[column] for row in pl_module.history]
-                if values[-1] >= max(values):
-                    with open(self._folder / LAST, "rb") as source, atomic_write(self._folder / name) as target:
-                        shutil.copyfileobj(source, target)
+        self._keep_best(trainer, self._folder / LAST)
         trainer.strategy.barrier()
+
+    def _save_or_stop(self, trainer: pl.Trainer) -> None:
+        due = time.monotonic() - self._saved >= self._seconds
+        wish = STOP if self.signals.received else SAVE if due else GO_ON
+        agreed = self._agreement.on(wish, trainer.strategy.root_device)
+        if agreed == STOP:
+            self.signals.answered()
+        if agreed != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
+            self._save(trainer)
+        if agreed == STOP:
+            if trainer.is_global_zero:
+                print("stopped by a signal; the same command goes on from here", flush=True)
+            self.signals.stop()
 
     def _save(self, trainer: pl.Trainer) -> None:
         assert isinstance(trainer.lightning_module, ImageClassifier)
         trainer.lightning_module.require_finite_loss()
         trainer.save_checkpoint(self._folder / LAST)
         self._saved = time.monotonic()
+        self._agreement.forget()
+
+    def _keep_best(self, trainer: pl.Trainer, checkpoint: Path) -> None:
+        """Copies the checkpoint at the end of an epoch when that is the best one so far."""
+        assert isinstance(trainer.lightning_module, ImageClassifier)
+        if trainer.is_global_zero:
+            for name, column in BEST.items():
+                values = [row[column] for row in trainer.lightning_module.history]
+                if values[-1] >= max(values):
+                    with open(checkpoint, "rb") as source, atomic_write(self._folder / name) as target:
+                        shutil.copyfileobj(source, target)
+
+    # -- Lightning's counters ------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["accumulate"] = trainer.accumulate_grad_batches
+        if trainer.validating:
+            # In Lightning's terms: the first batch of the validation was begun. It then runs the validation again.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            nothing = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+            progress["total"] = {**nothing, "ready": 1, "started": 1}
+            progress["current"] = nothing
+            progress["is_last_batch"] = False
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        epoch = loops["epoch_progress"]["current"]
+        self._resumed_at_the_end_of_an_epoch = epoch["processed"] == epoch["ready"]
+        # A step may be cut into other batches than before.
+        before, now = checkpoint["accumulate"], trainer.accumulate_grad_batches
+        for counter in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
+            open_batches = counter["ready"] - counter["completed"]
+            counter.update(dict.fromkeys(("ready", "started", "processed"), counter["ready"] * now // before))
+            counter["completed"] = counter["ready"] - open_batches
+
+
+def _require_one_resume_point(trainer: pl.Trainer) -> None:
+    """Raises UserError where the ranks begin at different steps, which would mix their gradients or never end."""
+    if trainer.world_size > 1:
+        steps = torch.tensor([trainer.global_step, -trainer.global_step], device=trainer.strategy.root_device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise UserError(
+                f"the ranks resumed at different steps, {-steps[1]} to {steps[0]}: "
+                "do all machines see the same output folder?"
+            )
 
 
 def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).split(". ")[0]
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

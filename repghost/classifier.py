@@ -87,6 +87,15 @@ class ImageClassifier(pl.LightningModule):
         self._seed = seed
         self._batch_size = batch_size
         self.history: list[dict[str, float]] = []
+        # What a checkpoint has to agree in; config.yaml, which says more, may have been lost.
+        self._run = {
+            "width": model.width,
+            "classes": model.classifier.out_features,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "steps_per_epoch": steps_per_epoch,
+            "seed": seed,
+        }
         self._watch = LossWatch()
         self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
@@ -196,11 +205,15 @@ class ImageClassifier(pl.LightningModule):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self._run
         checkpoint["ema"] = self.ema.model.state_dict()
         checkpoint["history"] = self.history
         checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for key, value in self._run.items():
+            if (before := checkpoint["run"][key]) != value:
+                raise UserError(f"the checkpoint is of a run with {key}={before}, this command says {key}={value}")
         self.ema.model.load_state_dict(checkpoint["ema"])
         self.history = checkpoint["history"]
         sums = checkpoint["train_sums"]

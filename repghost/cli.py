@@ -6,25 +6,22 @@ else is a defect of ours and keeps its traceback.
 
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from repghost.atomic import DISK_FULL
 from repghost.errors import UserError
-
-# Overrides that change where and how fast a run happens, but not which run it is.
-_NOT_PART_OF_THE_NAME = ("name", "output", "results", "trainer", "logger", "checkpoint", "data.workers", "data.cache")
-_NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
+from repghost.naming import folder_of, top1
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -34,10 +31,22 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
         conf = Path(function.__code__.co_filename).resolve().parent / "conf"
 
         @functools.wraps(function)
-        def job(config: DictConfig) -> None:
+        def job(config: DictConfig) -> float | None:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # in a launcher that is not ours, such as submitit's
+                try:
+                    function(config)
+                except Exception as error:
+                    if line := user_message(error):
+                        raise UserError(line) from None  # on its way to the sweep it would lose its cause
+                    raise
+                return top1(folder_of(config))
             with _mistakes_end_in_one_line():  # inside of Hydra, which would add a line of its own
                 function(config)
+            return None
 
+        # Hydra takes launchers from the namespace package hydra_plugins only; ours lies in repghost/plugins.
+        if (plugins := str(Path(__file__).parent / "plugins")) not in sys.path:
+            sys.path.append(plugins)
         compose_and_run = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(job)
 
         @functools.wraps(function)
@@ -82,6 +91,9 @@ def user_message(error: BaseException) -> str | None:
     for link in chain:
         if isinstance(link, UserError):
             return str(link)
+        if isinstance(link, OSError) and link.errno in DISK_FULL:
+            where = link.filename or "a file"
+            return f"{where}: {link.strerror}: free some space and start again; nothing is half written"
         if isinstance(link, MissingMandatoryValue):
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -94,17 +106,3 @@ def user_message(error: BaseException) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
-
-
-def run_name(config: DictConfig) -> str:
-    """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
-    hydra_config: Any = HydraConfig.get()
-    root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
-    parts = [Path(root.rstrip("/")).name, str(config.recipe.name), f"w{float(config.width):g}", f"s{config.seed}"]
-    for override in sorted(hydra_config.overrides.task):
-        key, _, value = override.lstrip("+~").partition("=")
-        inside = any(key == k or key.startswith(f"{k}.") for k in _NOT_PART_OF_THE_NAME)
-        if key not in _NAMED_ALREADY and not inside:
-            parts.append(f"{key}_{value}")
-    # Nothing that a shell or Hydra's command line would take apart.
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_") for part in parts)

@@ -1,47 +1,114 @@
-"""Top-1, Top-5 and loss of a model and of its fused twin over the validation images, and how far the two differ."""
+"""Top-1, Top-5 and loss of a model and of its fused twin over the validation images, and how far the two differ.
 
+Every image counts once on any number of devices: sums are reduced, never means. Intervals are Wilson's for a binomial
+share (Wilson 1927, JASA 22), at 95%. Reports are CSV files: `classes` (accuracy of every class, and the pairs that are
+confused most) and `predictions` (the five likeliest classes of every image). Check: `pytest tests/test_evaluation.py`.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
+from repghost.atomic import write_text
 from repghost.classifier import Batch
 from repghost.errors import UserError
-from repghost.metrics import score_sums, scores
+from repghost.imagenet import ScoredLabels, image_keys
+from repghost.metrics import scores
 from repghost.model import RepGhostNet
 from repghost.reparameterize import reparameterize
 
+REPORTS = ("classes", "predictions")
+CONFUSED_PAIRS = 100  # rows of confusions.csv
+_Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
+
 
 class Evaluation(pl.LightningModule):
-    """Evaluates `model` and `reparameterize(model)` side by side, in float32 whatever the trainer's precision."""
+    """Evaluates `model` and `reparameterize(model)` side by side, and keeps what the reports need of the former.
 
-    def __init__(self, model: RepGhostNet) -> None:
+    scored: what counts as right. autocast: compute in the trainer's precision; otherwise in float32 whatever that is.
+    """
+
+    def __init__(
+        self,
+        model: RepGhostNet,
+        scored: ScoredLabels | None = None,
+        autocast: bool = False,
+        report: Sequence[str] = (),
+        num_classes: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model.eval()
         self.fused = reparameterize(model)
+        self._scored = scored or ScoredLabels()
+        self._autocast = autocast
+        self._report = report
+        self._num_classes = num_classes  # of the data set; for the reports
 
     def on_validation_epoch_start(self) -> None:
+        self._scored = self._scored.to(self.device)
         self._sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)  # unfused, fused
         self._flips = torch.zeros((), dtype=torch.int64, device=self.device)
         self._extremes = torch.zeros(2, device=self.device)  # largest difference, largest logit
+        shape = (self._num_classes, self._num_classes) if "classes" in self._report else (0, 0)
+        self._confusion = torch.zeros(shape, dtype=torch.int64, device=self.device)  # label, prediction
+        self._top5_hits = torch.zeros(shape[0], dtype=torch.int64, device=self.device)
+        self._predictions: list[tuple[Tensor, ...]] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, _ = batch
-        with torch.autocast(self.device.type, enabled=False):
+        images, labels, positions = batch
+        with nullcontext() if self._autocast else torch.autocast(self.device.type, enabled=False):
             logits, fused = self.model(images), self.fused(images)
-        self._sums += torch.stack([score_sums(logits, labels), score_sums(fused, labels)])
+        logits, fused = (self._scored.select(x.float()) for x in (logits, fused))
+        self._sums += torch.stack([self._scored.sums(x, labels, positions) for x in (logits, fused)])
         counted = (labels >= 0)[:, None]
         self._flips += ((logits.argmax(1) != fused.argmax(1)) & counted[:, 0]).sum()
         extremes = torch.stack([((logits - fused).abs() * counted).max(), (logits.abs() * counted).max()])
         self._extremes = torch.maximum(self._extremes, extremes)
+        if self._report:
+            self._keep(logits, labels, positions)
+
+    def _keep(self, logits: Tensor, labels: Tensor, positions: Tensor) -> None:
+        probabilities, top = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
+        if "classes" in self._report:
+            real = labels >= 0
+            pairs = labels[real] * self._num_classes + top[real, 0]
+            self._confusion += torch.bincount(pairs, minlength=self._num_classes**2).view_as(self._confusion)
+            hits = labels[real][(top == labels[:, None]).any(1)[real]]
+            self._top5_hits += torch.bincount(hits, minlength=self._num_classes)
+        if "predictions" in self._report:
+            self._predictions.append((positions, labels, top, probabilities))
 
     def on_validation_epoch_end(self) -> None:
         reduce = self.trainer.strategy.reduce
         self._sums, self._flips = reduce(self._sums, reduce_op="sum"), reduce(self._flips, reduce_op="sum")
         self._extremes = reduce(self._extremes, reduce_op="max")
+        if "classes" in self._report:
+            self._confusion = reduce(self._confusion, reduce_op="sum")
+            self._top5_hits = reduce(self._top5_hits, reduce_op="sum")
+        if "predictions" in self._report:
+            # All ranks have equally many rows; those without an image go after the gathering.
+            kept = (torch.cat(parts) for parts in zip(*self._predictions, strict=True))
+            rows = [self._from_all_ranks(x) for x in kept]
+            real = rows[1] >= 0
+            order = rows[0][real].argsort()
+            self._predictions = [tuple(x[real][order].cpu() for x in rows)]
+
+    def _from_all_ranks(self, rows: Tensor) -> Tensor:
+        """[N, ...] of every rank as [N * ranks, ...]."""
+        gathered = self.all_gather(rows)  # with a new first dimension where there are several ranks
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1) if self.trainer.world_size > 1 else gathered
 
     def results(self) -> dict[str, Any]:
-        """The figures of `evaluation.json`; accuracies in percent."""
+        """The figures of `evaluation.json`; accuracies and their intervals in percent."""
         unfused, fused = (scores(s) for s in self._sums)
         difference, largest = self._extremes.tolist()
         return {
@@ -49,27 +116,97 @@ class Evaluation(pl.LightningModule):
             "top1": unfused.top1,
             "top5": unfused.top5,
             "loss": unfused.loss,
+            "top1_interval": interval(unfused.top1, unfused.images),
+            "top5_interval": interval(unfused.top5, unfused.images),
             "fused": {
                 "top1": fused.top1,
                 "top5": fused.top5,
                 "loss": fused.loss,
+                "top1_interval": interval(fused.top1, fused.images),
+                "top5_interval": interval(fused.top5, fused.images),
                 "max_abs_logit_diff": difference,
                 "max_rel_logit_diff": difference / largest,
                 "top1_flips": int(self._flips),
             },
         }
 
+    def write_reports(self, folder: Path, index: Any) -> list[Path]:
+        """Writes classes.csv and confusions.csv, predictions.csv, or both, for the images of `index`."""
+        written = []
+        if "classes" in self._report:
+            written.append(_write_csv(folder / "classes.csv", self._class_rows(index.classes)))
+            written.append(_write_csv(folder / "confusions.csv", self._confusion_rows(index.classes)))
+        if "predictions" in self._report:
+            written.append(_write_csv(folder / "predictions.csv", self._prediction_rows(image_keys(index))))
+        return written
+
+    def _class_rows(self, classes: Sequence[str]) -> list[list[Any]]:
+        rows: list[list[Any]] = [["label", "class", "images", "top1", "top5"]]
+        counts, right = self._confusion.sum(1).tolist(), self._confusion.diagonal().tolist()
+        for label, (name, images) in enumerate(zip(classes, counts, strict=True)):
+            shares = [100 * hits / images if images else "" for hits in (right[label], int(self._top5_hits[label]))]
+            rows.append([label, name, images, *shares])
+        return rows
+
+    def _confusion_rows(self, classes: Sequence[str]) -> list[list[Any]]:
+        rows: list[list[Any]] = [["label", "class", "predicted_label", "predicted_class", "images", "share"]]
+        images = self._confusion.sum(1)
+        wrong = self._confusion.clone().fill_diagonal_(0).flatten()
+        for pair in wrong.argsort(descending=True, stable=True)[:CONFUSED_PAIRS].tolist():
+            label, predicted = divmod(pair, len(classes))
+            if count := int(wrong[pair]):
+                share = 100 * count / int(images[label])
+                rows.append([label, classes[label], predicted, classes[predicted], count, share])
+        return rows
+
+    def _prediction_rows(self, keys: Sequence[str]) -> list[list[Any]]:
+        positions, labels, top, probabilities = (x.tolist() for x in self._predictions[0])
+        ranks = range(1, len(top[0]) + 1)
+        header = ["key", "label", *(f"predicted_{k}" for k in ranks), *(f"probability_{k}" for k in ranks)]
+        rows = zip(positions, labels, top, probabilities, strict=True)
+        return [header, *([keys[i], label, *t, *(f"{p:.6g}" for p in ps)] for i, label, t, ps in rows)]
+
+
+def interval(percent: float, images: int) -> list[float]:
+    """Wilson's 95% interval of an accuracy, in percent: [low, high]."""
+    share, spread = percent / 100, _Z**2 / images
+    middle = (share + spread / 2) / (1 + spread)
+    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / images + spread / (4 * images))
+    return [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)]
+
 
 def evaluate(
-    trainer: pl.Trainer, model: RepGhostNet, data: pl.LightningDataModule, expected_images: int
+    trainer: pl.Trainer,
+    model: RepGhostNet,
+    data: Any,
+    *,
+    scored: ScoredLabels | None = None,
+    autocast: bool = False,
+    report: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates `model` on the validation images of `data` with the devices of `trainer`.
 
-    Raises UserError when not every image was counted exactly once.
+    The arguments are those of `Evaluation`; `folder` is where the reports go. Raises UserError when not every image
+    was counted exactly once.
     """
-    evaluation = Evaluation(model)
+    if unknown := set(report) - set(REPORTS):
+        raise UserError(f"report={min(unknown)} is not one of {', '.join(REPORTS)}")
+    index = data.index("val")
+    evaluation = Evaluation(model, scored, autocast, report, num_classes=len(index.classes))
     trainer.validate(evaluation, datamodule=data, verbose=False)
     results = evaluation.results()
-    if results["images"] != expected_images:
-        raise UserError(f"evaluated {results['images']} images, but the data set has {expected_images}")
+    expected = (scored or ScoredLabels()).images(len(index.samples))
+    if results["images"] != expected:
+        raise UserError(f"evaluated {results['images']} images, but the data set has {expected}")
+    if report and trainer.is_global_zero:
+        assert folder is not None, "reports need a folder"
+        evaluation.write_reports(folder, index)
     return results
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+    return path

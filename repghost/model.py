@@ -9,6 +9,7 @@ multiply-accumulates with the published table.
 
 import copy
 import math
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -216,8 +217,9 @@ def repghostnet(
     reparam: Reparam = "bn",
     shortcut: bool = True,
     fused: bool = False,
+    weights: str | Path | None = None,
 ) -> RepGhostNet:
-    """A RepGhostNet with torch's default initialisation.
+    """A RepGhostNet with torch's default initialisation, or with trained weights.
 
     width: the multiplier of all channels, one of `WIDTHS` or any other positive number.
     dropout: the probability before the classifier, in training mode.
@@ -227,11 +229,17 @@ def repghostnet(
         stride 1.
     fused: build the form that `repghost.reparameterize` returns, to load its state dict. `reparam` then makes
         no difference, because the identity branch is part of a convolution.
+    weights: "timm" for the published weights of the width, or a file or folder (see `repghost.weights`).
 
     Raises UserError for a width that is not positive and finite, less than one class or input channel, a
-    dropout outside [0, 1) and an unknown identity branch.
+    dropout outside [0, 1), an unknown identity branch and weights that do not fit.
     """
-    return RepGhostNet(width, num_classes, in_channels, dropout, reparam, shortcut, fused)
+    model = RepGhostNet(width, num_classes, in_channels, dropout, reparam, shortcut, fused)
+    if weights is not None:
+        from repghost.weights import load_weights  # which builds on this module
+
+        load_weights(model, weights)
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

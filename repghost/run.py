@@ -5,18 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repghost.atomic import write_text
 from repghost.checkpoint import read_checkpoint
-from repghost.cli import run_name, say
+from repghost.cli import say
 from repghost.errors import UserError
 from repghost.evaluation import evaluate
+from repghost.imagenet import scored_labels
+from repghost.loggers import GuardedLogger
 from repghost.model import RepGhostNet, count_macs, count_parameters
+from repghost.naming import folder_of, run_name
 from repghost.recipe import deviations, flat, resolve_recipe
 from repghost.reparameterize import reparameterize
 from repghost.results import append_result
@@ -38,9 +43,9 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     require_numbers(config)
     resolve_recipe(config)
     config.name = config.name or run_name(config)
+    directory = folder_of(config)
     OmegaConf.resolve(config)
     require_values(config)
-    directory = Path(config.output) / config.name
     written = directory / "config.yaml"
     if written.exists():
         before, now = flat(read_config(directory)), flat(config)
@@ -61,6 +66,8 @@ def read_config(directory: Path) -> DictConfig:
         config = OmegaConf.load(directory / "config.yaml")
     except FileNotFoundError:
         raise UserError(f"{directory}: no run is in this folder (it has no config.yaml)") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{directory / 'config.yaml'}: not a config ({' '.join(str(error).split())})") from None
     assert isinstance(config, DictConfig)
     return config
 
@@ -105,7 +112,8 @@ def make_logger(config: DictConfig | None, directory: Path) -> Logger | None:
     """The logger of conf/logger beside the CSV files that every run writes; None for `logger=csv`."""
     if not config:
         return None
-    return instantiate(config, save_dir=str(directory), name=directory.name)
+    logger = instantiate(config, save_dir=str(directory.resolve()), name=directory.name)
+    return GuardedLogger(logger, directory / "config.yaml")
 
 
 def describe(
@@ -128,11 +136,11 @@ def describe(
         f"precision {trainer.precision}\n"
         f"rate       {recipe.learning_rate:g} at batch {recipe.reference_batch_size}, scaled linearly to {rate:g} "
         f"at batch {config.batch_size}\n"
-        f"not as in the paper: {'; '.join(differences) or 'nothing'}\n"
+        f"paper      {f'{chr(10)}           '.join(differences) or 'as in the paper'}\n"
         + (
-            "every epoch is compared with the official run of this width"
+            "official   every epoch is compared with the official run of this width"
             if official
-            else "no official run to compare with: those are of the published widths, on ImageNet, for 300 epochs"
+            else "official   no run to compare with: those are of the published widths, on ImageNet, for 300 epochs"
         )
     )
 
@@ -150,8 +158,11 @@ def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path)
         save_weights(reparameterize(last), directory / "model_fused.safetensors")
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):
-            append_result(results, directory.name, data_name(config), evaluation)
-            write_evaluation(directory, evaluation)
+            if not _evaluation_file(
+                directory, evaluation
+            ).exists():  # a run that died between the two adds no row twice
+                append_result(results, directory.name, data_name(config), evaluation)
+                write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():
         say(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
     trainer.strategy.barrier()
@@ -159,32 +170,48 @@ def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path)
 
 def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
     """Writes the evaluation of a run's last epoch as evaluation.json, that of its best as evaluation_best_ema.json."""
+    write_text(_evaluation_file(directory, evaluation), json.dumps(evaluation, indent=2) + "\n")
+
+
+def _evaluation_file(directory: Path, evaluation: dict[str, Any]) -> Path:
     suffix = "" if evaluation["selection"] == "last" else f"_{evaluation['selection']}"
-    write_text(directory / f"evaluation{suffix}.json", json.dumps(evaluation, indent=2) + "\n")
+    return directory / f"evaluation{suffix}.json"
 
 
 def evaluate_selection(
-    directory: Path, selection: str, trainer: pl.Trainer, data: Any, image_size: int
+    directory: Path, selection: str, trainer: pl.Trainer, data: Any, image_size: int, **options: Any
 ) -> dict[str, Any]:
-    """The content of evaluation.json for the averaged weights of one epoch of a run."""
+    """The content of evaluation.json for the averaged weights of one epoch of a run; `options` of `evaluate_model`."""
     model, epoch = load_run(directory, selection)
     return {
-        **evaluate_model(model, trainer, data, model.width, image_size),
+        **evaluate_model(model, trainer, data, model.width, image_size, **options),
         "weights": "ema",
         "epoch": epoch,
         "selection": selection,
     }
 
 
-def evaluate_model(model: RepGhostNet, trainer: pl.Trainer, data: Any, width: float, image_size: int) -> dict[str, Any]:
-    """Figures of a model and its fused twin over the validation images of `data`."""
-    if model.classifier.out_features != data.num_classes:
-        raise UserError(f"the weights have {model.classifier.out_features} classes, the data {data.num_classes}")
+def evaluate_model(
+    model: RepGhostNet,
+    trainer: pl.Trainer,
+    data: Any,
+    width: float,
+    image_size: int,
+    test_set: str | None = None,
+    real_labels: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Figures of a model and its fused twin over the validation images of `data`.
+
+    test_set, real_labels: what counts as right (see `repghost.imagenet`). `options` are those of `evaluate`.
+    """
+    scored = scored_labels(test_set, real_labels, data.index("val"), model.classifier.out_features)
     return {
-        **evaluate(trainer, model, data, expected_images=len(data.index("val").samples)),
+        **evaluate(trainer, model, data, scored=scored, **options),
         "width": float(width),
         "params_m": count_parameters(model) / 1e6,
         "macs_m": count_macs(model, image_size) / 1e6,
+        "image_size": image_size,
     }
 
 
@@ -207,14 +234,18 @@ def data_name(config: Any) -> str:
 
 
 def table(evaluation: dict[str, Any], title: str) -> str:
-    """The result for a person: unfused and fused side by side."""
+    """The result for a person: unfused and fused side by side, with 95% intervals."""
     fused = evaluation["fused"]
     lines = [f"\n{title}, {evaluation['images']:,} images"]
     for name, row in (("trained form", evaluation), ("fused", fused)):
-        lines.append(f"  {name:<13} Top-1 {row['top1']:6.2f}%   Top-5 {row['top5']:6.2f}%   loss {row['loss']:.4f}")
+        shares = [
+            f"{label} {row[key]:6.2f}% [{row[f'{key}_interval'][0]:.2f}, {row[f'{key}_interval'][1]:.2f}]"
+            for label, key in (("Top-1", "top1"), ("Top-5", "top5"))
+        ]
+        lines.append(f"  {name:<13} {'   '.join(shares)}   loss {row['loss']:.4f}")
     lines.append(
         f"  fusing changes {fused['top1_flips']} Top-1, and the logits by at most {fused['max_rel_logit_diff']:.1e} of "
-        "the largest"
+        "the largest; in brackets: 95% intervals"
     )
     return "\n".join(lines)
 

@@ -12,10 +12,10 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from repghost.errors import UserError
+from repghost.processes import environment, require_processes, started_outside
 
 # What Lightning says about its own internals, or about a sampler that it does not know.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*"
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
 warnings.filterwarnings("ignore", message=".*functional.all_gather.*")
+warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -50,10 +51,10 @@ def make_trainer(
     """A Trainer with what every run of this project shares.
 
     accelerator: `cpu`, `gpu`, or `auto` (a GPU where there is one). devices: how many, or `auto` (every GPU, one CPU
-    process). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU has it, fp16 on an older one, float32
-    on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate` equal parts. threads: of
-    PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits for the others before it
-    gives up. `options` are the Trainer's.
+    process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
+    has it, fp16 on an older one, float32 on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate`
+    equal parts. threads: of PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits
+    for the others before it gives up. `options` are the Trainer's.
     """
     if accelerator not in ACCELERATORS:
         raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
@@ -62,12 +63,14 @@ def make_trainer(
         accelerator = "gpu" if gpus else "cpu"
     if accelerator == "gpu" and not gpus:
         raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
+    started = started_outside()
     if devices == "auto":
-        devices = gpus if accelerator == "gpu" else 1
+        devices = started.devices if started else gpus if accelerator == "gpu" else 1
     if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
         raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
+    require_processes(started, devices, num_nodes)
     ranks = devices * num_nodes
     if threads is not None:
         torch.set_num_threads(threads)
@@ -94,7 +97,7 @@ def make_trainer(
         default_root_dir=directory,
         callbacks=list(callbacks),
         logger=logger or False,
-        plugins=[*plugins, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[*plugins, environment(started)],
         # What follows from the design, not from taste: our sampler knows the ranks, the checkpoints and bars replace
         # Lightning's, and a sanity validation would start the loaders before the position is known.
         use_distributed_sampler=False,

@@ -1,18 +1,35 @@
-"""Where weights come from and in which form they are written."""
+"""Where weights come from and in which form they are written.
 
+A source is one of
+    timm                the published weights of a width, timm's repository of it on the Hugging Face hub
+    FILE                safetensors, a checkpoint of train.py, an official .pth.tar, a plain state dict; told by content
+    official:FILE       the same; says that the file is one of the authors'
+    FOLDER              one that holds model.safetensors: a run's, an exported one, or a repository that was downloaded
+Weights are in training or in fused form. Nothing in a file is executed. Check: `pytest tests/test_weights.py`.
+"""
+
+import argparse
+import csv
+from importlib.resources import files
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from repghost.atomic import atomic_write
 from repghost.checkpoint import read_checkpoint
 from repghost.errors import UserError
-from repghost.model import Reparam, RepGhostNet, repghostnet
+from repghost.model import WIDTHS, Reparam, RepGhostNet, repghostnet
 
 StateDict = dict[str, Tensor]
+
+WEIGHTS_FILE = "model.safetensors"
+# Where files keep the state dict: runs of train.py, the authors' averaged and raw weights. The averaged come first.
+_STATE_KEYS = ("ema", "state_dict_ema", "state_dict", "model")
 
 
 def save_weights(model: RepGhostNet, path: str | Path) -> None:
@@ -22,31 +39,100 @@ def save_weights(model: RepGhostNet, path: str | Path) -> None:
         file.write(safetensors.torch.save(tensors))
 
 
-def read_weights(path: str | Path) -> StateDict:
-    """The state dict in a file: safetensors, a run's checkpoint (its averaged weights), or a plain state dict."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
+def read_weights(source: str | Path, width: float | None = None) -> StateDict:
+    """The state dict that `source` stands for (see the module); `timm` needs the width.
+
+    A run's checkpoint and an official file give their averaged weights. Raises UserError that names the source.
+    """
+    path = _path(str(source), width)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from None
+    # Safetensors: the length of the header, little endian, and the header, which is JSON.
+    if path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"):
         try:
             return safetensors.torch.load_file(path)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from None
-    content = read_checkpoint(path)
-    state = content.get("ema", content) if isinstance(content, dict) else None
+    # The official files hold the command line of their training as a plain namespace.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = read_checkpoint(path)
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: holds no state dict of a RepGhostNet")
-    return state
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def published_repository(width: float) -> str:
+    """timm's repository on the Hugging Face hub with the published weights of `width`."""
+    with (files("repghost") / "reference" / "paper.csv").open() as file:
+        names = {float(row["width"]): row["timm_name"] for row in csv.DictReader(file)}
+    if width not in names:
+        raise UserError(f"weights=timm: width={width:g} is not published, only {', '.join(f'{w:g}' for w in WIDTHS)}")
+    return f"timm/{names[width]}"
+
+
+def _path(source: str, width: float | None) -> Path:
+    """The local file of a source; published weights are downloaded into the hub's cache, or found there."""
+    if source == "official":
+        raise UserError("weights=official needs the file: weights=official:FILE, a .pth.tar of the authors' releases")
+    if source == "timm":
+        if width is None:
+            raise UserError("weights=timm: say which width")
+        return _from_hub(published_repository(width))
+    path = Path(source.removeprefix("official:")).expanduser()
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    return path
+
+
+def _from_hub(repository: str) -> Path:
+    try:
+        return Path(hf_hub_download(repository, WEIGHTS_FILE))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{repository}: cannot be fetched and is not in the hub's cache (HF_HOME): {first} "
+            f"A folder that holds its {WEIGHTS_FILE} does as well: weights=FOLDER"
+        ) from None
 
 
 def start_from(model: RepGhostNet, source: str) -> None:
-    """Gives `model` the weights in the file `source`, all but the classifier, which keeps its initial ones."""
-    state = read_weights(source)
+    """Gives `model` the weights of `source`, all but the classifier, which keeps its initial ones."""
+    state = read_weights(source, model.width)
     model_from_state(state, source, model.width)
-    if "conv_stem.bias" in state:
+    if is_fused(state):
         raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
     own = model.state_dict()
     model.load_state_dict({k: own[k] if k.startswith("classifier.") else v for k, v in state.items()})
+
+
+def load_weights(model: RepGhostNet, source: str | Path) -> None:
+    """Gives `model` all weights of `source`. Raises UserError for another width, number of classes or form."""
+    state = read_weights(source, model.width)
+    _require_network(state, str(source))
+    if is_fused(state) != model.fused:
+        forms = "fused" if is_fused(state) else "in training form", "fused" if model.fused else "in training form"
+        raise UserError(f"{source}: these weights are {forms[0]}, the network is {forms[1]}")
+    classes = len(state["classifier.weight"])
+    if classes != model.classifier.out_features:
+        raise UserError(f"{source}: weights of {classes} classes, but the network has {model.classifier.out_features}")
+    _require_fit(state, model, str(source), model.width)
+    model.load_state_dict(state)
+
+
+def load_model(source: str | Path, width: float) -> RepGhostNet:
+    """The network that the weights of `source` belong to, in the form that they are in, in evaluation mode."""
+    return model_from_state(read_weights(source, width), str(source), width)
+
+
+def is_fused(state: StateDict) -> bool:
+    """Whether these are the weights of a reparameterized network: its convolutions have biases."""
+    return "conv_stem.bias" in state
 
 
 def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet:
@@ -55,19 +141,34 @@ def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet
     Number of classes, input channels and form are read off the tensors; the width is the caller's word and is
     checked. Raises UserError that names `source` and what does not fit.
     """
-    if "classifier.weight" not in state or "conv_stem.weight" not in state:
-        raise UserError(f"{source}: these are not the weights of a RepGhostNet")
-    fused = "conv_stem.bias" in state
-    branch = "blocks.0.0.ghost1.fusion_bn.0"
-    reparam: Reparam = "bn" if fused or f"{branch}.weight" in state else "none"
+    _require_network(state, source)
     with torch.device("meta"):
-        model = repghostnet(
-            width,
-            num_classes=len(state["classifier.weight"]),
-            in_channels=state["conv_stem.weight"].shape[1],
-            reparam=reparam,
-            fused=fused,
-        )
+        model = _network_of(state, width)
+    _require_fit(state, model, source, width)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _network_of(state: StateDict, width: float) -> RepGhostNet:
+    """A network of `width` with the number of classes, input channels and the form of `state`."""
+    fused = is_fused(state)
+    reparam: Reparam = "bn" if fused or "blocks.0.0.ghost1.fusion_bn.0.weight" in state else "none"
+    return repghostnet(
+        width,
+        num_classes=len(state["classifier.weight"]),
+        in_channels=state["conv_stem.weight"].shape[1],
+        reparam=reparam,
+        fused=fused,
+    )
+
+
+def _require_network(state: StateDict, source: str) -> None:
+    if any(name not in state or state[name].ndim < 2 for name in ("classifier.weight", "conv_stem.weight")):
+        raise UserError(f"{source}: these are not the weights of a RepGhostNet")
+
+
+def _require_fit(state: StateDict, model: RepGhostNet, source: str, width: float) -> None:
+    """Raises UserError that says in what the names or shapes of `state` are not those of `model`, of `width`."""
     expected = model.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
         raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -75,9 +176,19 @@ def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet
         raise UserError(f"{source}: {len(unknown)} tensors do not belong to a RepGhostNet, the first is {unknown[0]}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
+            other = _width_of(state)
             raise UserError(
-                f"{source}: these are not the weights of width={width:g}: {name} is {tuple(tensor.shape)}, "
-                f"not {tuple(expected[name].shape)}"
+                f"{source}: these are not the weights of width={width:g}"
+                + (f" but of width={other:g}" if other and other != width else "")
+                + f": {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
             )
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+
+
+def _width_of(state: StateDict) -> float | None:
+    """The published width that all shapes of `state` are of, None for another."""
+    for width in WIDTHS:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in _network_of(state, width).state_dict().items()}
+        if all(tensor.shape == shapes.get(name) for name, tensor in state.items()):
+            return width
+    return None

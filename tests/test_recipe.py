@@ -173,7 +173,7 @@ def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.Mo
 def test_other_data_have_no_official_run(train_tiny: Program, capsys: Any) -> None:
     assert train_tiny("epochs=1") == 0
     printed = capsys.readouterr().out
-    assert "no official run to compare with" in printed and "epochs 1 instead of 300" in printed
+    assert "no run to compare with" in printed and "epochs 1 instead of 300" in printed
 
 
 def test_a_loss_that_is_not_a_number_stops_at_once(train_tiny: Program, capsys: Any) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from data.show import main
 from PIL import Image
+
+from data.show import main
 
 
 @pytest.mark.parametrize("width", [1.0, 1.3])

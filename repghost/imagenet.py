@@ -1,0 +1,143 @@
+"""The test sets beside ImageNet's own: how their labels relate to the 1,000 outputs of a network.
+
+ImageNet-A and -R have 200 of the classes, ImageNet-Sketch all and ImageNetV2 all under their numbers: of the logits
+those are taken that belong to the classes of the data set, in its order, which is timm's class mask. ReaL gives every
+validation image the set of labels that are right (arXiv 2006.07159): any of them counts, images without one do not.
+Check: `pytest tests/test_evaluation.py`.
+"""
+
+import csv
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from repghost.errors import UserError
+from repghost.metrics import score_sums
+
+# The sets that conf/data has files for, and their columns in timm's published results.
+PUBLISHED = {
+    "imagenet_v2": "v2_matched",
+    "imagenet_real": "real",
+    "imagenet_a": "a",
+    "imagenet_r": "r",
+    "imagenet_sketch": "sketch",
+}
+
+
+@dataclass(frozen=True)
+class ScoredLabels:
+    """What of the logits and labels counts.
+
+    columns: int64 [classes of the data set], the outputs that belong to its classes; None for all, as they are.
+    accepted: bool [images, outputs], the right labels of every image, in the order of the index; None for its label.
+    """
+
+    columns: Tensor | None = None
+    accepted: Tensor | None = None
+
+    def to(self, device: torch.device) -> "ScoredLabels":
+        return ScoredLabels(*(t if t is None else t.to(device) for t in (self.columns, self.accepted)))
+
+    def images(self, images: int) -> int:
+        """How many of the data set's images count."""
+        return images if self.accepted is None else int(self.accepted.any(1).sum())
+
+    def select(self, logits: Tensor) -> Tensor:
+        """[N, 1000] to [N, classes of the data set]."""
+        return logits if self.columns is None else logits[:, self.columns]
+
+    def sums(self, logits: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """As `repghost.metrics.score_sums`; positions: int64 [N], rows of the index.
+
+        With several right labels the loss is that of the image's own label.
+        """
+        if self.accepted is None:
+            return score_sums(logits, labels)
+        # Rows without an image have positions past the end of the data set and label -1.
+        accepted = self.accepted[positions.clamp(max=len(self.accepted) - 1)]
+        counted = (labels >= 0) & accepted.any(1)
+        loss = F.cross_entropy(logits, labels.where(counted, -1), ignore_index=-1, reduction="sum").double()
+        hits = accepted.gather(1, logits.topk(min(5, logits.shape[1]), dim=1).indices) & counted[:, None]
+        return torch.stack([loss, hits[:, 0].sum(), hits.any(1).sum(), counted.sum()])
+
+
+def scored_labels(name: str | None, real_labels: str | Path | None, index: Any, outputs: int) -> ScoredLabels:
+    """The test set `name` (a key of PUBLISHED, None for an ordinary data set) with the classes and images of `index`.
+
+    outputs: of the network. Raises UserError when they do not fit.
+    """
+    if name is not None and name not in PUBLISHED:
+        raise UserError(f"test_set={name} is not one of {', '.join(PUBLISHED)}")
+    if name is None or name == "imagenet_real":
+        if outputs != index.num_classes:
+            raise UserError(f"the weights have {outputs} classes, the data {index.num_classes}")
+        if name is None:
+            return ScoredLabels()
+        if real_labels is None:
+            raise UserError("real_labels is missing: give the path of ReaL's real.json, real_labels=FILE")
+        return ScoredLabels(accepted=_accepted(Path(real_labels), index, outputs))
+    if outputs != len(synsets()):
+        raise UserError(
+            f"{name} is for networks with the {len(synsets())} classes of ImageNet, the weights have {outputs}"
+        )
+    return ScoredLabels(columns=torch.tensor(class_columns(index.classes)))
+
+
+@cache
+def synsets() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet's 1,000 classes in label order."""
+    return tuple((files("repghost") / "reference" / "imagenet_synsets.txt").read_text().split())
+
+
+def class_columns(classes: Sequence[str]) -> list[int]:
+    """The label in ImageNet of every class, named by its WordNet id or by its number."""
+    label_of = {name: label for label, name in enumerate(synsets())} | {str(n): n for n in range(len(synsets()))}
+    if unknown := [name for name in classes if name not in label_of]:
+        raise UserError(
+            f"{len(unknown)} classes of the data are neither WordNet ids nor numbers of ImageNet's 1,000, "
+            f"the first is {unknown[0]}: data.class_names=FILE names them"
+        )
+    return [label_of[name] for name in classes]
+
+
+def image_keys(index: Any) -> list[str]:
+    """The key (member name without extension) of every image, in the order of `index`. Reads all tar headers."""
+    keys: dict[tuple[int, int], str] = {}
+    for number, shard in enumerate(index.shards):
+        with tarfile.open(shard, "r:") as tar:
+            keys |= {(number, m.offset_data): m.name.rpartition(".")[0] for m in tar}
+    return [keys[int(row["shard"]), int(row["offset"])] for row in index.samples]
+
+
+def _accepted(path: Path, index: Any, outputs: int) -> Tensor:
+    """bool [images, outputs] from ReaL's list of labels for every ILSVRC2012_val number, counted from 1."""
+    try:
+        labels = json.loads(path.expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not ReaL's list of labels ({error})") from None
+    accepted = torch.zeros(len(index.samples), outputs, dtype=torch.bool)
+    for row, key in enumerate(image_keys(index)):
+        match = re.search(r"ILSVRC2012_val_(\d{8})", key)
+        if match is None or not 1 <= int(match[1]) <= len(labels):
+            raise UserError(f"{key}: not a name of an ImageNet validation image that {path} has labels for")
+        accepted[row, labels[int(match[1]) - 1]] = True
+    return accepted
+
+
+def published_accuracy(name: str, width: float) -> tuple[float, float] | None:
+    """Top-1 and Top-5 in percent that timm measured with the published weights of `width`; None for another width."""
+    with (files("repghost") / "reference" / "timm_results.csv").open() as file:
+        rows = {float(row["width"]): row for row in csv.DictReader(file)}
+    if width not in rows:
+        return None
+    return float(rows[width][f"{PUBLISHED[name]}_top1"]), float(rows[width][f"{PUBLISHED[name]}_top5"])

@@ -1,0 +1,152 @@
+"""The paper's table from measurements that are there, and only those; the figure; a model for the hub."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import photographs
+
+from repghost import export, figures
+from repghost.errors import UserError
+from repghost.results import COLUMNS, HEADER, MARKERS, append_result, main, paper_rows, paper_table, read_results
+from repghost.weights import load_model
+
+Program = Callable[..., int]
+
+
+def evaluation(top1: float, width: float = 1.0, **changes: Any) -> dict[str, Any]:
+    fused = {"top1": top1, "top5": 91.0, "top1_flips": 0, "max_rel_logit_diff": 1e-7}
+    row = {"images": 50_000, "top1": top1, "top5": 91.0, "loss": 1.1, "fused": fused, "width": width}
+    return {**row, "weights": "ema", "epoch": 299, "selection": "last", "params_m": 4.07, "macs_m": 142.0, **changes}
+
+
+def cells(rows: list[list[str]], width: str, measured: str) -> dict[str, str]:
+    (row,) = (r for r in (dict(zip(HEADER, row, strict=True)) for row in rows)
+              if r["width"] == width and r["measured"] == measured)  # fmt: skip
+    return row
+
+
+def test_an_empty_table_is_not_filled() -> None:
+    rows = paper_rows([], "imagenet")
+    assert [row[0] for row in rows] == ["0.5", "0.58", "0.8", "1.0", "1.11", "1.3", "1.5", "2.0"]
+    for row in rows:
+        assert row[HEADER.index("measured")] == "not measured" and not any(row[HEADER.index("measured") + 1 :])
+
+
+def test_every_measurement_stands_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    published = {"weights": "timm", "epoch": None, "selection": None}
+    for row in (
+        evaluation(60.0),  # an older one
+        evaluation(74.0),
+        evaluation(74.1, selection="best_ema", epoch=252),
+        evaluation(74.24, **published, image_size=224, crop_fraction=0.875, precision="32-true"),
+        evaluation(75.5, **published, image_size=288, crop_fraction=1.0, precision="32-true"),
+        evaluation(66.0, 0.5),
+        evaluation(80.0, 0.8, images=500),
+        evaluation(99.0, 1.3, weights="outputs/other.ckpt", selection=None),
+    ):
+        append_result(path, "x", "imagenet", row)
+    append_result(path, "x", "elsewhere", evaluation(99.0, 1.5))
+    rows = paper_rows(read_results(path), "imagenet")
+    assert len(rows) == 9, "width 1.0 has two kinds of measurements"
+    own = cells(rows, "1.0", "training")
+    assert (own["last EMA Top-1"], own["best EMA Top-1"], own["difference"]) == ("74.00", "74.10", "-0.12")
+    assert own["within tolerance"] == "yes (0.3)" and own["images"] == "50000" and own["date"]
+    authors = cells(rows, "1.0", "published weights")
+    assert (authors["best EMA Top-1"], authors["difference"]) == ("74.24", "+0.02")
+    assert authors["last EMA Top-1"] == "" and authors["within tolerance"] == "yes (0.03)"
+    half = cells(rows, "0.5", "training")
+    assert half["best EMA Top-1"] == "not measured" and half["within tolerance"] == "no (0.3)"
+    assert "50,000" in cells(rows, "0.8", "training")["within tolerance"]
+    for width in ("1.3", "1.5"):
+        cells(rows, width, "not measured")
+
+
+def test_formats_hold_the_same_cells(tmp_path: Path) -> None:
+    append_result(tmp_path / "r.csv", "x", "imagenet", evaluation(74.0))
+    results = read_results(tmp_path / "r.csv")
+    expected = [list(HEADER), *paper_rows(results, "imagenet")]
+    assert list(csv.reader(paper_table(results, "imagenet", "csv").splitlines())) == expected
+    markdown = [line for line in paper_table(results, "imagenet").splitlines() if "---" not in line]
+    assert [[c.strip() for c in line[2:-2].split(" | ")] for line in markdown] == expected
+    latex = [line for line in paper_table(results, "imagenet", "latex").splitlines() if line.endswith(r"\\")]
+    assert [[c.strip() for c in line[:-3].split(" & ")] for line in latex] == expected
+
+
+def test_the_table_goes_between_the_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    for _ in range(2):  # again changes nothing
+        main(["--readme", str(readme)])
+        text = readme.read_text()
+        assert text.startswith(f"before\n{MARKERS[0]}\n| width") and text.endswith(f"|\n{MARKERS[1]}\nafter\n")
+        assert "old" not in text and text.count("| 1.11 |") == 1
+    readme.write_text("no markers\n")
+    main(["--readme", str(readme)])
+    assert readme.read_text() == "no markers\n" and "nothing was written" in capsys.readouterr().out
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match=r"other\.csv: not a table of results"):
+        main(["--results", "other.csv"])
+
+
+def test_rows_of_older_versions_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    old = [c for c in COLUMNS if c not in ("image_size", "crop_fraction", "precision")]
+    path.write_text(f"{','.join(old)}\n{','.join('7' for _ in old)}\n")
+    assert read_results(path)[0]["precision"] == ""
+    append_result(path, "x", "imagenet", evaluation(74.0, precision="32-true"))
+    first, second = read_results(path)
+    assert first["top1"] == "7" and second["top1"] == "74" and second["precision"] == "32-true"
+    assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_the_figure_shows_the_published_networks_and_the_measured_ones(tmp_path: Path) -> None:
+    append_result(tmp_path / "r.csv", "x", "imagenet", evaluation(73.3))
+    written = figures.draw_accuracy(read_results(tmp_path / "r.csv"), "imagenet", tmp_path)
+    assert [path.suffix for path in written] == [".png", ".svg"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
+    drawn = written[1].read_text()
+    for family in (*figures.STYLES, "RepGhostNet, measured"):
+        assert f"<!-- {family}" in drawn
+    figures.draw_accuracy([], "imagenet", tmp_path)
+    assert "RepGhostNet, measured" not in written[1].read_text()
+    ours = {round(float(r["top1"]), 2) for r in figures.peers() if r["family"] == "RepGhostNet"}
+    assert len(ours) == 8 and {r["family"] for r in figures.peers()} == set(figures.STYLES)
+
+
+def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny("name=half", "width=0.5", "epochs=1") == 0
+    export.main(["run=outputs/half", "format=hub", "selection=best_ema", "out=hub"])
+    model = timm.create_model("local-dir:hub", pretrained=True).eval()
+    assert model.num_classes == 3 and tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+    assert timm.data.resolve_data_config(model=model)["crop_pct"] == 0.875
+    ours = load_model("outputs/half/checkpoints/best_ema.ckpt", 0.5)
+    with torch.no_grad():
+        images = photographs(2, 32)
+        assert torch.allclose(model(images), ours(images), atol=1e-5)
+    card = Path("hub/README.md").read_text()
+    result = json.loads(Path("outputs/half/evaluation_best_ema.json").read_text())
+    assert f"| 15 | {result['top1']:.2f} |" in card and "(curve.png)" in card and Path("hub/curve.png").exists()
+    assert re.search(r"learning_rate: 0?\.?\d", card) and "{" not in card.partition("## Recipe")[0]
+    assert load_model("hub", 0.5).classifier.out_features == 3
+
+    for arguments, said in (
+        (["run=outputs/none", "format=hub"], "outputs/none"),
+        (["run=outputs/half"], "format"),
+        (["rum=outputs/half", "format=hub"], "rum"),
+    ):
+        with pytest.raises(SystemExit):
+            export.main(arguments)
+        assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"width=0\.1"):
+        export._timm_architecture(0.1)

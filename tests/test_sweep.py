@@ -1,0 +1,210 @@
+"""Sweeps as real processes: jobs that fail, are finished, are stopped; loggers that fail; mistakes of launching."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from test_distributed import ROOT
+
+from repghost.errors import UserError
+from repghost.trainer import make_trainer
+
+Program = Callable[..., int]
+
+# What launchers of ranks set, this process's own tests included.
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in RANKS and not k.startswith(("SLURM_", "WANDB_"))}
+    return {**inherited, "OMP_NUM_THREADS": "1", **variables}
+
+
+def command(shards: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *TINY, f"data.root={shards}", *arguments]
+
+
+def sweep(folder: Path, shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs train.py -m in `folder`."""
+    return subprocess.run(
+        [*command(shards, *arguments), "-m"],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_sweep_of_two_ranks_with_a_job_that_fails(shards: Path, tmp_path: Path) -> None:
+    # A job starts its own ranks, and the first one fails; its name has the values as they were given.
+    arguments = ("trainer.devices=2", "epochs=1", "recipe.learning_rate=2e-1", "logger=wandb", "logger.offline=true")
+    first = sweep(tmp_path, shards, *arguments, "width=0,0.1")
+    assert first.returncode == 1, first.stdout + first.stderr
+    printed = first.stdout
+    assert printed.index("[1/2] width=0\n") < printed.index("[2/2] width=0.1\n") < printed.index("on 2 device(s)")
+    assert first.stderr.count("error: width=0: ") == 1
+    assert printed.endswith("\n1 failed:\n[1/2] width=0: exit code 2\n")
+    runs = sorted(path for path in (tmp_path / "outputs").iterdir() if path.name != ".sweep")
+    assert [path.name.split("-")[2] for path in runs] == ["w0", "w0.1"]
+    assert runs[1].name.endswith("-recipe.learning_rate_2e_1-recipe.warmup_epochs_1")
+    assert json.loads((runs[1] / "evaluation.json").read_text())["images"] == 15
+    assert not (runs[0] / "checkpoints").exists()
+    (log,) = runs[1].glob("wandb/offline-run-*/*.wandb")
+    assert b"sweep-width" in log.read_bytes(), "the group"
+    assert f"| {runs[1].name} | 0.1 | ema, last | 15 |" in printed and f"| {runs[0].name} |" not in printed
+    assert files(tmp_path / "outputs" / ".sweep") == {"multirun.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "results"}
+
+    # Again: what is finished is passed over.
+    evaluation = (runs[1] / "evaluation.json").stat()
+    again = sweep(tmp_path, shards, *arguments, "width=0.1")
+    assert again.returncode == 0 and f"{runs[1].name} is finished" in again.stdout
+    assert "epoch " not in again.stdout and f"| {runs[1].name} | 0.1 | ema, last | 15 |" in again.stdout
+    assert (runs[1] / "evaluation.json").stat().st_mtime_ns == evaluation.st_mtime_ns
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_sweep_and_its_job(shards: Path, tmp_path: Path) -> None:
+    arguments = ("epochs=1000", "seed=0,1", "-m")
+    with subprocess.Popen(
+        command(shards, *arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch "):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        assert process.wait(60) == 75
+    assert "interrupted in [1/2] seed=0: the same command goes on from there" in rest and "seed=1" not in rest
+    (run,) = (path for path in (tmp_path / "outputs").iterdir() if path.name != ".sweep")
+    assert (run / "checkpoints" / "last.ckpt").exists() and not (run / "evaluation.json").exists()
+
+
+def test_mistakes_end_before_the_first_job(
+    shards: Path, train_tiny: Program, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in RANKS:
+        monkeypatch.delenv(variable, raising=False)
+
+    def error(*arguments: str) -> str:
+        assert train_tiny(*arguments, "-m") == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1, out + err
+        return err
+
+    assert "wdith" in error("wdith=0.1,0.2")
+    assert "outputs/same" in error("width=0.1,0.2", "name=same")
+    assert "'name=NAME-${trainer.devices}'" in error("trainer.devices=1,2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "mix their gradients" in error("width=0.1,0.2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "under torchrun" in error("width=0.1,0.2")
+    assert not [path for path in Path("outputs").iterdir() if path.name != ".sweep"]
+
+
+def trainer_of(**options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "devices": "auto", "num_nodes": 1, "precision": "float32", "epochs": 1, "batch_size": 8,
+        "accumulate": 1, "deterministic": False, "threads": None, "timeout_minutes": 1, "directory": Path("outputs"),
+    }  # fmt: skip
+    return make_trainer(**{**defaults, **options})
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "0",
+    "SLURM_NTASKS_PER_NODE": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost",
+}  # fmt: skip
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in [*RANKS, *(name for name in os.environ if name.startswith("SLURM_"))]:
+            patched.delenv(name, raising=False)
+        for name, value in values.items():
+            patched.setenv(name, value)
+        yield
+
+
+@pytest.mark.parametrize(("by", "values"), [("torchrun", TORCHRUN), ("srun", SRUN)])
+def test_as_many_processes_as_devices(by: str, values: dict[str, str]) -> None:
+    with variables(**values):
+        assert trainer_of(num_nodes=2).world_size == 4, "devices=auto: what was started"
+        assert trainer_of(num_nodes=2, devices=2).world_size == 4
+        for wrong in ({}, {"devices": 2}, {"devices": 4}, {"devices": 1, "num_nodes": 2}, {"devices": 1}):
+            with pytest.raises(UserError, match=f"{by} started 2 process.es. on each of 2 machine"):
+                trainer_of(**wrong)
+
+
+def test_slurm_without_srun_starts_its_own_ranks() -> None:
+    # The variables of a batch script for 4 tasks, and of a step of one task that uses two devices.
+    batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
+    for values in (batch, {**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}):
+        with variables(**values):
+            assert trainer_of(devices=2).world_size == 2
+            assert not trainer_of(devices=2).strategy.cluster_environment.creates_processes_externally
+    tasks = {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"}
+    with variables(**tasks), pytest.raises(UserError, match="--ntasks-per-node"):
+        trainer_of()
+    with variables(), pytest.raises(UserError, match=r"trainer.num_nodes=2: .* on every machine"):
+        trainer_of(num_nodes=2)
+
+
+def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repghost.classifier import ImageClassifier
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ("name=a", "logger=wandb", "logger.offline=true")
+    step = ImageClassifier.optimizer_step
+
+    def cut(self: ImageClassifier, epoch: int, *arguments: Any) -> None:
+        step(self, epoch, *arguments)
+        if epoch == 1:
+            raise InterruptedError
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(ImageClassifier, "optimizer_step", cut)
+        train_tiny(*options)
+    identity = Path("outputs/a/wandb_id.txt").read_text().strip()
+    time.sleep(1)  # wandb's own folders are named by the second
+    assert train_tiny(*options) == 0
+    assert Path("outputs/a/wandb_id.txt").read_text().strip() == identity
+    written = list(Path("outputs/a/wandb").glob("offline-run-*/*.wandb"))
+    assert [path.name for path in written] == [f"run-{identity}.wandb"] * 2
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_stops_nothing(shards: Path, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    done = subprocess.run(
+        command(shards, "name=a", "epochs=1", "logger=wandb", "logger.settings.init_timeout=1"),
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env=environment(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    failures = [line for line in done.stdout.splitlines() if "left out from here on" in line]
+    assert len(failures) == 1 and failures[0].startswith("RunWandbLogger failed")
+    with open(tmp_path / "outputs/a/metrics.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 1
+    assert (tmp_path / "outputs/a/evaluation.json").exists()
