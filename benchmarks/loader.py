@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--workers", type=int, nargs="+", default=sorted({cores, 1}, reverse=True), help="(default %(default)s)")
     add("--corpus", type=Path, default=Path("~/.cache/repghost/benchmark"), metavar="DIR", help="(default %(default)s)")
     add("--out", type=Path, default=ROOT / "results/loader.csv", metavar="FILE", help="(default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a look in about a minute: few images, short, twice")
+    parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few images, short, twice")
     options = parser.parse_args(arguments)
     if options.quick:
         options.images, options.seconds, options.repetitions = min(options.images, 400), min(options.seconds, 0.5), 2

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.plan import BatchPlan, Plan
 from data.reader import BadImage, ShardReader
 from repghost.errors import UserError
+from repghost.signals import ignore_signals
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class TorchLoader(DataLoader):
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -49,7 +49,8 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     written = directory / "config.yaml"
     if written.exists():
         before, now = flat(read_config(directory)), flat(config)
-        for key in sorted(before.keys() | now.keys()):
+        # Those keys last whose values come from others, which are what the user knows.
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith(("classifier.", "data.")), key)):
             if before.get(key) != now.get(key) and not _starts_with(key, _MAY_CHANGE):
                 raise UserError(
                     f"{directory} was begun with {key}={before.get(key)}, this command says {now.get(key)}: "
@@ -68,7 +69,8 @@ def read_config(directory: Path) -> DictConfig:
         raise UserError(f"{directory}: no run is in this folder (it has no config.yaml)") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{directory / 'config.yaml'}: not a config ({' '.join(str(error).split())})") from None
-    assert isinstance(config, DictConfig)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{directory / 'config.yaml'}: not a config")
     return config
 
 
