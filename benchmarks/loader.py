@@ -52,7 +52,7 @@ from data.index import Index, load_index
 from data.plan import TrainPlan
 from data.reader import ShardReader
 from data.sampling import Partition
-from data.torch_loader import TorchLoader, decode, resize
+from data.torch_loader import PlannedBatches, TorchLoader, decode, resize
 from data.write_shards import write_folder
 from repghost.recipe import resolve_recipe
 
@@ -305,10 +305,15 @@ def prepare(folder: Path, images: int, batch_size: int) -> Setting:
         once = load_index(files / name, "train", files)
         return replace(once, samples=np.tile(once.samples, max(1, EPOCH // images)))
 
+    return Setting(files / TRAIN, index("shards", None), index("compact", COMPACT), paper_recipe(1.0), batch_size)
+
+
+def paper_recipe(width: float) -> DictConfig:
+    """The paper's recipe with the augmentation of a width."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", ["data.root=not read", "recipe=paper", "width=1.0"])
+        config = compose("train", ["data.root=not read", "recipe=paper", f"width={width}"])
     resolve_recipe(config)
-    return Setting(files / TRAIN, index("shards", None), index("compact", COMPACT), config.recipe, batch_size)
+    return config.recipe
 
 
 def pipeline_rows(setting: Setting, workers: int, seconds: float, repetitions: int) -> Iterator[dict[str, Any]]:
@@ -354,6 +359,19 @@ def stage_rows(setting: Setting, seconds: float, repetitions: int) -> Iterator[d
         }
 
 
+def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]:
+    """CPU time of what the training device does to an image: both kinds of colour augmentation, one thread."""
+    batch = PlannedBatches(setting.plan(setting.original), IMAGE_SIZE, keep_going=False)[(0, 0)]
+    for name, width in (("jitter, widths up to 1.11", 1.0), ("RandAugment, widths from 1.3", 1.3)):
+        augment = instantiate(paper_recipe(width).augment)
+        times = []
+        for _ in range(repetitions + 1):  # the first one warms up
+            start = time.thread_time()
+            augment.train(batch[0], batch[3])
+            times.append((time.thread_time() - start) / setting.batch_size * 1000)
+        yield {"what": f"augment: {name}", "workers": 1, "milliseconds_per_image": median(times[1:])}
+
+
 def machine(setting: Setting) -> dict[str, Any]:
     """What the figures depend on beside the code."""
     sizes = np.unique(setting.original.samples)["size"]
@@ -389,8 +407,9 @@ def print_table(table: list[dict[str, Any]]) -> None:
     widths = {name: len(layout.format("" if "s" in layout else 0)) for name, (_, layout) in COLUMNS.items()}
     print("".join(f"{heading:>{widths[name]}}" for name, (heading, _) in COLUMNS.items()))
     for row in table:
-        if "share_of_stages" in row:
-            print(f"{row['what']:38s} {row['milliseconds_per_image']:.3f} ms, {row['share_of_stages']:.0%}")
+        if "milliseconds_per_image" in row:
+            share = f", {row['share_of_stages']:.0%}" if "share_of_stages" in row else ""
+            print(f"{row['what']:38s} {row['milliseconds_per_image']:.3f} ms{share}")
         else:
             print("".join(layout.format(row[name]) for name, (_, layout) in COLUMNS.items()))
 
@@ -429,6 +448,7 @@ def main(arguments: list[str] | None = None) -> None:
     for workers in options.workers:
         table += pipeline_rows(setting, workers, options.seconds, options.repetitions)
     table += stage_rows(setting, options.seconds, options.repetitions)
+    table += augment_rows(setting, options.repetitions)
     facts = {"repetitions": options.repetitions, **machine(setting)}
     print_table(table)
     print(

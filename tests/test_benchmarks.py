@@ -37,11 +37,12 @@ def test_loader_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         table = list(csv.DictReader(file))
     assert set(table[0]) == PIPELINE_FIGURES | STAGE_FIGURES | FACTS | NAMES
     for row in table:
-        is_stage = row["what"].startswith("stage: ")
-        figures = FACTS | (STAGE_FIGURES if is_stage else PIPELINE_FIGURES)
+        kind = row["what"].partition(":")[0]
+        figures = FACTS | {"stage": STAGE_FIGURES, "augment": {"milliseconds_per_image"}}.get(kind, PIPELINE_FIGURES)
         assert all(float(row[name]) > 0 for name in figures), row
         assert all(row[name] for name in NAMES)
-    pipelines = [row["what"] for row in table if not row["what"].startswith("stage: ")]
+    pipelines = [row["what"] for row in table if not row["what"].startswith(("stage: ", "augment: "))]
+    assert sum(row["what"].startswith("augment: ") for row in table) == 2
     assert pipelines == [name for name in PIPELINES if dali_installed() or not name.startswith("dali")]
     assert sum(float(row["share_of_stages"] or 0) for row in table) == pytest.approx(1, abs=0.01)
     printed = capsys.readouterr().out
