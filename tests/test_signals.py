@@ -1,0 +1,148 @@
+"""Signals stop a run between two batches, on all ranks; ranks end together, and the cause is what is shown last."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import Process, StartTrain, images_trained_on, processes, stopped_at
+
+from benchmarks.kill import differences
+from data.index import load_index
+from repghost.signals import SIGNALS, StopSignals
+
+Program = Callable[..., int]
+
+pytestmark = pytest.mark.slow
+
+
+# -- in one process ----------------------------------------------------------------------------------------------------
+
+
+def test_signals_are_remembered_once_they_are_deferred() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignals(exit_code=75, grace_seconds=60) as signals:
+        signals.defer()
+        assert not signals.received
+        for number in (*SIGNALS, *SIGNALS):
+            os.kill(os.getpid(), number)
+            assert signals.received
+        with pytest.raises(SystemExit) as end:
+            signals.stop()
+    assert end.value.code == 75
+    assert before == [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_before_that_a_signal_ends_the_process_at_once() -> None:
+    with pytest.raises(SystemExit) as end, StopSignals(exit_code=3, grace_seconds=60):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 3
+
+
+def test_a_process_that_does_not_answer_ends_all_the_same() -> None:
+    script = """
+import os, signal, time
+from repghost.signals import StopSignals
+for answers in (True, False):
+    with StopSignals(exit_code=75, grace_seconds=0.2) as signals:
+        signals.defer()
+        os.kill(os.getpid(), signal.SIGTERM)
+        if answers:
+            signals.answered()  # what follows may take its time
+        time.sleep(2)
+    print("a checkpoint was written" if answers else "no deadline was kept", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and "no batch ended within 0.2 s" in done.stderr
+    assert done.stdout == "a checkpoint was written\n"
+
+
+@pytest.mark.parametrize("wrong", ["exit_code=0", "exit_code=256", "grace_seconds=0", "minutes=0"])
+def test_values_that_make_no_sense(wrong: str, train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny(f"checkpoint.{wrong}") == 2
+    assert f"checkpoint.{wrong}" in capsys.readouterr().err
+
+
+def test_ctrl_c_reaches_every_process(process: StartTrain, tmp_path: Path) -> None:
+    """With a DataLoader's worker, which gets the signal too and must go on until the run ends it."""
+    running = process("epochs=1000", "data.workers=1", "loader=torch", "checkpoint.exit_code=77", "name=a")
+    running.until(lambda: "epoch   2" in running.said)
+    assert running.children(), "no worker"
+    running.signal_all(signal.SIGINT)
+    assert running.ends() == 77
+    assert "Traceback" not in running.said and "KeyboardInterrupt" not in running.said
+    assert stopped_at(tmp_path / "outputs" / "a")[0] >= 2
+
+
+# -- on two ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(tmp_path: Path, shards: Path) -> Iterator[StartTrain]:
+    with processes(tmp_path, shards) as start:
+        yield start
+
+
+RANKS = ("trainer.devices=2", "epochs=4", "checkpoint.minutes=1e-6", "name=run")
+
+
+def trained(running: Process, epoch: int) -> Process:
+    """The process, once it has trained so many epochs."""
+    running.until(lambda: f"epoch   {epoch}/4" in running.said)
+    return running
+
+
+def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run that is stopped, loses rank 1, and is finished, beside one that is left alone."""
+    run = tmp_path / "outputs" / "run"
+    whole = process(*RANKS, "name=whole")
+    assert whole.ends(120) == 0, whole.said
+
+    running = trained(process(*RANKS), 1)
+    running.signal(signal.SIGTERM)
+    running.signal(signal.SIGINT)
+    assert running.ends() == 75, running.said
+    assert "SIG" in running.said and "Traceback" not in running.said
+    epoch, images = stopped_at(run)
+    shutil.copytree(run, tmp_path / "outputs" / "on_one_rank")
+
+    running = trained(process(*RANKS), 2)
+    (child,) = running.children()
+    os.kill(child, signal.SIGKILL)
+    assert running.ends() == 2
+    assert running.said.splitlines()[-1].startswith("error: rank 1 of this machine was ended by SIGKILL")
+
+    running = process(*RANKS)
+    assert running.ends(120) == 0, running.said
+    assert differences(tmp_path / "outputs" / "whole", run) == []
+
+    seen = images_trained_on(monkeypatch)
+    assert train_tiny(*RANKS[1:3], "name=on_one_rank") == 0
+    assert seen == [(e, position) for e in range(4) for position in range(40)][epoch * 40 + images % 40 :]
+
+
+@pytest.mark.slow
+def test_rank_0_is_killed(process: StartTrain) -> None:
+    running = trained(process(*RANKS), 1)
+    running.signal(signal.SIGKILL)
+    assert running.ends() == -signal.SIGKILL
+    assert "rank 0, which started this process, is gone" in running.said.splitlines()[-1]
+
+
+def test_the_cause_is_shown_last(process: StartTrain, shards: Path, tmp_path: Path) -> None:
+    """A validation image of rank 1 is damaged; rank 0 only finds that it is alone."""
+    shutil.copytree(shards, tmp_path / "damaged")
+    index = load_index(tmp_path / "damaged", "val", tmp_path / "cache")
+    sample = index.samples[5]  # in batches of 4, rank 1 has 4 to 7
+    path = tmp_path / "damaged" / Path(index.shards[sample["shard"]]).name
+    data = bytearray(path.read_bytes())
+    data[int(sample["offset"]) + int(sample["size"]) // 2] ^= 1
+    path.write_bytes(data)
+    running = process(f"data.root={tmp_path / 'damaged'}", "trainer.devices=2", "data.eval_batch_size=4", "name=a")
+    assert running.ends() == 2
+    last = running.said.splitlines()[-1]
+    assert last.startswith("error: ") and index.name(5) in last, running.said
