@@ -38,7 +38,8 @@ _MAY_CHANGE = ("name", "output", "results", "trainer", "logger", "checkpoint", "
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     """The run's folder and its resolved config, which is written there as config.yaml.
 
-    Raises UserError when the folder holds a run of another config, with the first key that differs.
+    Raises UserError when the folder holds a run of another config, with the first key that differs. A command that was
+    refused, or died before it saved anything, is no run: what it wrote is replaced.
     """
     require_numbers(config)
     resolve_recipe(config)
@@ -47,7 +48,8 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     OmegaConf.resolve(config)
     require_values(config)
     written = directory / "config.yaml"
-    if written.exists():
+    begun = is_finished(directory) or any((directory / "checkpoints").glob("*.ckpt"))
+    if begun and written.exists():
         before, now = flat(read_config(directory)), flat(config)
         # Those keys last whose values come from others, which are what the user knows.
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith(("classifier.", "data.")), key)):

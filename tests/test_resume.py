@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[1]
 FIRST_IS_BEST = ["seed=3", "recipe.learning_rate=1.0", "recipe.ema_span=0.1"]
 Program = Callable[..., int]
 
-pytestmark = pytest.mark.slow
-
 
 class PowerCut(BaseException):
     """Nothing may catch it, as nothing can catch SIGKILL."""

@@ -17,8 +17,6 @@ from repghost.signals import SIGNALS, StopSignals
 
 Program = Callable[..., int]
 
-pytestmark = pytest.mark.slow
-
 
 # -- in one process ----------------------------------------------------------------------------------------------------
 

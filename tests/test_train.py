@@ -212,6 +212,13 @@ def test_another_recipe_in_the_same_folder(train_tiny: Program, capsys: pytest.C
     assert "momentum" in capsys.readouterr().err
 
 
+def test_a_mistake_leaves_no_run_behind(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny("name=a", "epochs=1", "batch_size=9", "accumulate=2") == 2
+    assert "batch_size=9" in capsys.readouterr().err
+    assert train_tiny("name=a", "epochs=1") == 0
+    assert "batch_size: 8" in Path("outputs/a/config.yaml").read_text()
+
+
 def test_weights_that_are_none(evaluate_with: Program, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("noise.safetensors").write_bytes(b"noise")
     Path("noise.ckpt").write_bytes(b"noise")
