@@ -31,7 +31,7 @@ from repghost.weights import model_from_state, save_weights
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 
 # Keys that may change between the start of a run and its resumption: where and how fast, not what.
-_MAY_CHANGE = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "accumulate",
+_MAY_CHANGE = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile", "accumulate",
                "data.workers", "data.prefetch", "data.cache", "data.root", "data.eval_batch_size")  # fmt: skip
 
 
@@ -154,6 +154,7 @@ def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path)
     config = read_config(directory)
     evaluations = {
         selection: evaluate_selection(directory, selection, trainer, data, config.image_size)
+        | {"crop_fraction": config.data.crop_fraction, "precision": "32-true"}  # whatever the training's was
         for selection in SELECTIONS
     }
     last = load_run(directory, "last")[0]
