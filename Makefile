@@ -32,7 +32,7 @@ format: $(READY) ## format the code and sort the imports
 	$(BIN)/ruff format .
 
 lock: $(READY) ## resolve pyproject.toml and pins.txt into requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --extra train --extra dev --constraint pins.txt --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra train --extra deploy --extra dev --constraint pins.txt --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade --quiet --output-file requirements.lock
 
 table: $(READY) ## the paper's table beside what was measured, printed and written into README.md (DATA: the set's name)
