@@ -45,6 +45,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Program = Callable[..., int]
 
 
+def train_in(folder: Path, *arguments: str) -> None:
+    """Trains a tiny network, for fixtures that several tests share; `train_tiny` is for one test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["train.py", *TINY, *arguments])
+        train.main()
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     """Calls a program's main with a command line, in an empty folder; returns the exit code."""

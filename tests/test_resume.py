@@ -3,16 +3,14 @@
 import csv
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import train_in
 from runs import StartTrain, images_trained_on, processes, stopped_at
 
-import train
 from benchmarks.kill import differences
 from repghost import run as run_module
 from repghost.checkpoint import Checkpoints
@@ -34,10 +32,7 @@ class PowerCut(BaseException):
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        patched.setattr(sys, "argv", ["train.py", *TINY, *FIRST_IS_BEST, f"data.root={shards}", "name=whole"])
-        train.main()
+    train_in(folder, *FIRST_IS_BEST, f"data.root={shards}", "name=whole")
     run = folder / "outputs" / "whole"
     with open(run / "metrics.csv", newline="") as file:
         first, second = csv.DictReader(file)
