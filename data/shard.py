@@ -24,6 +24,7 @@ from data.parallel import check_stop
 from data.sources import open_parquet
 from repghost.atomic import atomic_write
 from repghost.errors import UserError
+from repghost.images import to_rgb
 
 # What is stored byte for byte, by PIL's name of the format. MPO is a JPEG with further pictures behind it.
 _EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -174,12 +175,12 @@ def _convert(data: bytes, options: Options) -> tuple[bytes, str, bool]:
     if options.resize and options.quality and min(image.size) > options.resize:
         short = min(image.size)
         width, height = (options.resize * side // short for side in image.size)
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        resized = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         resized.save(buffer, "JPEG", quality=options.quality, subsampling="4:2:0")
         return buffer.getvalue(), "jpg", False
     if image.format in _EXTENSION:
         return data, _EXTENSION[image.format], False
     buffer = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG")
+    (image if image.mode in _PNG_MODES else to_rgb(image)).save(buffer, "PNG")
     return buffer.getvalue(), "png", True

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.plan import BatchPlan, Plan
 from data.reader import BadImage, ShardReader
 from repghost.errors import UserError
+from repghost.images import to_rgb
 from repghost.signals import ignore_signals
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def resize(window: Tensor, plan: BatchPlan, row: int, image_size: int) -> Tensor
 
 
 def decode(content: bytes) -> Tensor:
-    """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied.
+    """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied; 16 bits are scaled to 8.
 
     torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
     CMYK in its own way; those go through PIL itself.
@@ -154,7 +155,7 @@ def decode(content: bytes) -> Tensor:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
     with Image.open(io.BytesIO(content)) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 def jpeg_components(content: bytes) -> int:

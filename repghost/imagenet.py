@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.models import MobileNet_V2_Weights
 
 from repghost.errors import UserError
 from repghost.metrics import score_sums
@@ -97,6 +98,12 @@ def scored_labels(name: str | None, real_labels: str | Path | None, index: Any, 
 def synsets() -> tuple[str, ...]:
     """The WordNet ids of ImageNet's 1,000 classes in label order."""
     return tuple((files("repghost") / "reference" / "imagenet_synsets.txt").read_text().split())
+
+
+@cache
+def class_words() -> tuple[str, ...]:
+    """The names of ImageNet's 1,000 classes in label order, all different: torchvision's list."""
+    return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def class_columns(classes: Sequence[str]) -> list[int]:

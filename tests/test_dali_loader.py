@@ -24,6 +24,7 @@ from data.reader import ShardReader
 from data.sampling import Partition
 from data.torch_loader import Batch, TorchLoader
 from repghost.errors import UserError
+from repghost.images import to_rgb
 
 pytestmark = pytest.mark.skipif(not dali_installed(), reason="nvidia-dali is made for Linux on x86-64")
 
@@ -115,11 +116,11 @@ def test_an_epoch_is_entered_anywhere_and_left_for_the_next(index: Index) -> Non
 
 
 def test_decoding_equals_pil(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Files of every kind give what their pixels give, as PIL sees them."""
+    """Files of every kind give what their pixels give, as PIL sees them (`repghost.images.to_rgb`)."""
     files = variants()
     files["16 bits"] = encoded(Image.fromarray(np.arange(3600, dtype=np.uint16).reshape(60, 60) * 18), "png")
     files["with a tail"] = files["420"] + bytes(7)
-    pixels = {n: encoded(Image.open(io.BytesIO(content)).convert("RGB"), "png") for n, content in files.items()}
+    pixels = {n: encoded(to_rgb(Image.open(io.BytesIO(content))), "png") for n, content in files.items()}
     images, labels, *_ = next(iter(loader(DaliLoader, evaluation(indexed(tmp_path / "a", files), len(files)))))
     expected, *_ = next(iter(loader(TorchLoader, evaluation(indexed(tmp_path / "b", pixels), len(files)))))
     differing = [name for name, a, b in zip(files, images, expected, strict=True) if not torch.equal(a, b)]

@@ -1,0 +1,134 @@
+"""The latency benchmark measures what it says, keeps what was measured before, and the figure shows it."""
+
+import csv
+import importlib.util
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import latency
+from repghost import figures
+from repghost.errors import UserError
+
+SMALL = ["--widths", "0.5", "--threads", "1", "--batches", "1", "--repetitions", "1", "--seconds", "0"]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_form_and_peer_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, threads = tmp_path / "latency.csv", torch.get_num_threads()
+    arguments = [*SMALL, "--image-size", "32", "--backends", "eager", "--peers", "ghostnet_100", f"--out={out}"]
+    latency.main(arguments)
+    torch.set_num_threads(threads)
+    rows = rows_of(out)
+    assert tuple(rows[0]) == latency.COLUMNS
+    found = {(r["model"], r["form"], r["backend"], r["threads"], r["batch"], r["image_size"]) for r in rows}
+    ours = {("repghostnet_050", form, "eager", "1", "1", "32") for form in latency.FORMS}
+    assert found == {*ours, ("ghostnet_100", latency.TIMM, "eager", "1", "1", "32")}
+    # timm's form as timm gives it, and in the faster memory format where that is another.
+    timm = [r["memory_format"] for r in rows if (r["family"], r["form"]) == ("RepGhostNet", latency.TIMM)]
+    assert "contiguous" in timm and len(rows) == 3 + len(timm) and len(set(timm)) == len(timm)
+    for row in rows:
+        assert 0 < float(row["p10_ms"]) <= float(row["median_ms"]) <= float(row["p90_ms"])
+        assert float(row["images_per_second"]) == pytest.approx(1000 / float(row["median_ms"]), rel=2e-3)
+        assert row["memory_format"] in ("contiguous", "channels_last") and row["machine"] and row["date"]
+        assert row["versions"] == f"torch {version('torch')}"
+    assert {(row["family"], row["top1"]) for row in rows} == {("RepGhostNet", "66.980"), ("GhostNet", "73.960")}
+    printed = capsys.readouterr().out
+    assert "times as fast as repghostnet_050 (timm_reparameterized" in printed
+
+    first = rows[0] | {"machine": "another", "median_ms": "5"}
+    latency.merge(out, [first])
+    latency.merge(out, [rows[0] | {"median_ms": "7"}])
+    merged = rows_of(out)
+    assert len(merged) == len(rows) + 1 and {r["machine"] for r in merged} == {rows[0]["machine"], "another"}
+    assert [r["median_ms"] for r in merged if r["form"] == latency.TRAINING] == ["5", "7"]
+
+
+def test_the_forms_are_one_network() -> None:
+    made = {n.form: n.module for n in latency.networks([0.5], latency.FORMS, [])}
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        training, timm, fused = (made[form](images) for form in latency.FORMS)
+    torch.testing.assert_close(fused, training)
+    torch.testing.assert_close(timm, training)
+    kinds = {form: {type(m) for m in module.modules()} for form, module in made.items()}
+    assert torch.nn.BatchNorm2d in kinds[latency.TRAINING] and torch.nn.BatchNorm2d not in kinds[latency.FUSED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "executorch", "compiled"])
+def test_other_backends(backend: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(latency.PACKAGES[backend]) is None:
+        pytest.skip(f"{backend} is not installed")
+    out, threads = tmp_path / "latency.csv", torch.get_num_threads()
+    latency.main([*SMALL, "--image-size", "64", "--backends", backend, "--peers", f"--out={out}"])
+    torch.set_num_threads(threads)
+    assert [(r["form"], r["backend"]) for r in rows_of(out)] == [(form, backend) for form in latency.FORMS]
+
+
+def phone(**changes: str) -> dict[str, str]:
+    row = {"model": "repghostnet_100", "form": "fused", "backend": "executorch", "machine": "a phone"}
+    return row | {"threads": "1", "batch": "1", "median_ms": "12.5"} | changes
+
+
+def write(path: Path, *rows: dict[str, str]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_what_was_measured_elsewhere_is_imported_and_drawn(tmp_path: Path) -> None:
+    peer = phone(model="ghostnet_100", form="timm_reparameterized", median_ms="20")
+    out = tmp_path / "latency.csv"
+    latency.main([f"--import={write(tmp_path / 'phone.csv', phone(), peer)}", f"--out={out}", "--figure"])
+    ours, other = rows_of(out)
+    assert (ours["family"], ours["width"], ours["top1"]) == ("RepGhostNet", "1", "74.200")
+    assert float(ours["images_per_second"]) == 80
+    assert (other["family"], other["width"], other["image_size"]) == ("GhostNet", "", "224")
+    label, milliseconds = figures.measured_latency(figures.read_latency(out)) or ("", {})
+    assert milliseconds == {"repghostnet_100": 12.5, "ghostnet_100": 20} and "executorch, 1 thread" in label
+    for text in ("a phone", "executorch"):
+        assert text in (tmp_path / "accuracy.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"median_ms": ""}, "line 2: median_ms is missing"),
+        ({"median_ms": "fast"}, "line 2: batch and median_ms"),
+        ({"model": "resnet50"}, "line 2: model=resnet50"),
+        ({"form": "folded"}, "line 2: form=folded"),
+    ],
+)
+def test_a_bad_row_is_named(change: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        latency.imported(write(tmp_path / "phone.csv", phone(**change)))
+
+
+def test_the_figure_takes_one_setting(tmp_path: Path) -> None:
+    def setting(backend: str, threads: str, milliseconds: str) -> list[dict[str, str]]:
+        common = {"backend": backend, "threads": threads, "median_ms": milliseconds}
+        common |= {"device": "cpu", "image_size": "224", "date": "2030-01-01"}
+        return [phone(**common), phone(**common, model="ghostnet_100", form="timm_reparameterized")]
+
+    rows = [*setting("eager", "1", "9"), *setting("onnxruntime", "2", "3"), *setting("onnxruntime", "1", "5")]
+    label, milliseconds = figures.measured_latency(rows) or ("", {})
+    assert set(milliseconds.values()) == {5.0} and "onnxruntime, 1 thread (ms)" in label
+    assert figures.measured_latency(rows[:1]) is None  # no peer beside it
+    with pytest.raises(UserError, match="no column backend"):
+        figures.read_latency(write(tmp_path / "other.csv", {"model": "x"}))
+
+
+def test_unknown_names_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments in (["--widths", "0.7"], ["--peers", "resnet50"]):
+        with pytest.raises(SystemExit) as end:
+            latency.main([*arguments, f"--out={tmp_path / 'x.csv'}"])
+        assert end.value.code == 2 and f"{arguments[1]} is not one of" in capsys.readouterr().err
