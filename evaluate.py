@@ -1,9 +1,10 @@
 """Evaluates a run, or any weights: python evaluate.py run=outputs/NAME
                                  python evaluate.py weights=timm width=1.0 data.root=SHARDS
                                  python evaluate.py weights=FILE width=1.0 data=imagenet_a data.root=SHARDS
+                                 python evaluate.py weights=model.onnx data.root=SHARDS
 
 Counts every validation image once, in float32 unless the command says otherwise, with the trained and with the fused
-form of the network.
+form of the network; an exported file (.onnx, .pte) with its own runtime.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from repghost.cli import command, say
 from repghost.errors import UserError
+from repghost.exported import evaluate_exported, is_exported, open_exported, summary
 from repghost.imagenet import published_accuracy
 from repghost.progress import SpeedBar
 from repghost.results import append_result
@@ -25,9 +27,12 @@ def main(config: DictConfig) -> None:
     if (config.run is None) == (config.weights is None):
         raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
     config = resolved_for_evaluation(config)
+    exported = (
+        open_exported(config.weights, config.image_size, config.precision) if is_exported(config.weights) else None
+    )
     trainer = instantiate(config.trainer)(directory=Path.cwd(), callbacks=[SpeedBar(refresh_rate=1)])
     name = Path(config.run or str(config.weights).removeprefix("official:")).name
-    if config.weights is not None:
+    if config.weights is not None and exported is None:
         name = f"{Path(name).stem}-{config.width:g}"
     folder = Path(config.run or Path(config.results).parent / name)
     if config.test_set:
@@ -43,14 +48,19 @@ def main(config: DictConfig) -> None:
         data = instantiate(config.data).load("val")
         evaluation = evaluate_selection(Path(config.run), config.selection, trainer, data, config.image_size, **options)
         title = f"{config.run}, EMA, {config.selection} epoch"
+    elif exported is not None:
+        data = instantiate(config.data).load("val")
+        evaluation = evaluate_exported(exported, trainer, data, **options)
+        evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
+        title = str(config.weights)
     else:
         model = load_model(config.weights, config.width)
         data = instantiate(config.data).load("val")
         evaluation = evaluate_model(model, trainer, data, config.width, config.image_size, **options)
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
         title = f"{config.weights}, width {config.width:g}"
-    evaluation |= {"crop_fraction": config.data.crop_fraction, "precision": str(trainer.precision)}
-    say(table(evaluation, title))
+    evaluation = {"crop_fraction": config.data.crop_fraction, "precision": str(trainer.precision)} | evaluation
+    say(table(evaluation, title) if exported is None else summary(evaluation, title))
     if config.test_set and (expected := published_accuracy(config.test_set, evaluation["width"])):
         say(f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%")
     if options["report"]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repghost.atomic import write_text
 from repghost.classifier import Batch
@@ -33,12 +33,13 @@ _Z = 1.959963984540054  # 95% of a normal distribution lie within so many standa
 class Evaluation(pl.LightningModule):
     """Evaluates `model` and `reparameterize(model)` side by side, and keeps what the reports need of the former.
 
+    A model that is no RepGhostNet, such as an exported file, has no other form and stands for both.
     scored: what counts as right. autocast: compute in the trainer's precision; otherwise in float32 whatever that is.
     """
 
     def __init__(
         self,
-        model: RepGhostNet,
+        model: nn.Module,
         scored: ScoredLabels | None = None,
         autocast: bool = False,
         report: Sequence[str] = (),
@@ -46,7 +47,7 @@ class Evaluation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model.eval()
-        self.fused = reparameterize(model)
+        self.fused = reparameterize(model) if isinstance(model, RepGhostNet) else self.model
         self._scored = scored or ScoredLabels()
         self._autocast = autocast
         self._report = report
@@ -65,7 +66,8 @@ class Evaluation(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels, positions = batch
         with nullcontext() if self._autocast else torch.autocast(self.device.type, enabled=False):
-            logits, fused = self.model(images), self.fused(images)
+            logits = self.model(images)
+            fused = logits if self.fused is self.model else self.fused(images)
         logits, fused = (self._scored.select(x.float()) for x in (logits, fused))
         self._sums += torch.stack([self._scored.sums(x, labels, positions) for x in (logits, fused)])
         counted = (labels >= 0)[:, None]
@@ -177,7 +179,7 @@ def interval(percent: float, images: int) -> list[float]:
 
 def evaluate(
     trainer: pl.Trainer,
-    model: RepGhostNet,
+    model: nn.Module,
     data: Any,
     *,
     scored: ScoredLabels | None = None,

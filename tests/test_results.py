@@ -12,7 +12,7 @@ import timm
 import torch
 from helpers import photographs
 
-from repghost import export, figures
+from repghost import export, figures, hub
 from repghost.errors import UserError
 from repghost.results import COLUMNS, HEADER, MARKERS, append_result, main, paper_rows, paper_table, read_results
 from repghost.weights import load_model
@@ -149,4 +149,4 @@ def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: py
             export.main(arguments)
         assert said in capsys.readouterr().err
     with pytest.raises(UserError, match=r"width=0\.1"):
-        export._timm_architecture(0.1)
+        hub._timm_architecture(0.1)
