@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from data.plan import BatchPlan, EvaluationPlan, Plan
-from data.reader import BadImage, ShardReader
-from data.torch_loader import Batch, Position, decode, jpeg_components
+from data.reader import BadImage, ShardReader, SkipBudget
+from data.torch_loader import Batch, Position, decode, jpeg_components, resize
 from repghost.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -88,15 +87,11 @@ class DaliLoader:
         epoch, first = self._position()
         first %= len(self)
         stream = self._stream_at(epoch * len(self) + first)
-        bad = 0
+        budget = SkipBudget(self._skip_bad)
         for batch in range(first, len(self)):
             images, read = stream.next()
             assert read.plan.positions[0] == self._partition.start(batch), "DALI lost or repeated a batch"
-            for error in read.errors:
-                bad += 1
-                if bad > self._skip_bad:
-                    raise BadImage(f"{error} (data.skip_budget allows {self._skip_bad} bad image(s) per epoch)")
-                log.warning("skipped: %s", error)
+            budget.spend(read.errors)
             labels, positions, draws = map(torch.from_numpy, (read.labels, read.plan.positions, read.plan.draws))
             yield self._pinned(images), self._pinned(labels), self._pinned(positions), self._pinned(draws)
 
@@ -203,11 +198,8 @@ class _Stream:
         images = np.zeros((plan.rows, 3, size, size), np.uint8)
         for row in np.flatnonzero(read.labels >= 0):
             region = torch.from_numpy(regions.at(row)).permute(2, 0, 1)
-            mode = "bicubic" if plan.bicubic[row] else "bilinear"
-            resized = interpolate(region[None], plan.resized[row].tolist(), mode=mode, antialias=True)
-            top, left = plan.corners[row].tolist()
             # Copied by numpy: torch would start threads for it.
-            images[row] = resized[0, :, top : top + size, left : left + size].numpy()
+            images[row] = resize(region, plan, int(row), size).numpy()
         return torch.from_numpy(images)
 
 

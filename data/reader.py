@@ -3,14 +3,17 @@
 A checksum is the only thing that finds flipped bytes; every decoder passes over them in silence.
 """
 
+import logging
 import os
 import resource
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from data.index import Index
 from repghost.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class BadImage(UserError):
@@ -64,3 +67,18 @@ def allow_open_files(count: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise UserError(f"{count} shards need {wanted} open files, the limit is {hard}: raise it with `ulimit -Hn`")
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class SkipBudget:
+    """The bad images that an epoch may leave out; each is logged."""
+
+    def __init__(self, images: int) -> None:
+        self._left = self._images = images
+
+    def spend(self, errors: Sequence[str]) -> None:
+        """Takes the bad images of a batch, a line each. Raises BadImage with the first that is too many."""
+        for error in errors:
+            if not self._left:
+                raise BadImage(f"{error} (data.skip_budget allows {self._images} bad image(s) per epoch)")
+            self._left -= 1
+            log.warning("skipped: %s", error)

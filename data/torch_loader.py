@@ -5,7 +5,6 @@ a row without an image has label -1. Anything random was drawn by data.sampling;
 """
 
 import io
-import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,12 +16,10 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.plan import BatchPlan, Plan
-from data.reader import BadImage, ShardReader
+from data.reader import BadImage, ShardReader, SkipBudget
 from repghost.errors import UserError
 from repghost.images import to_rgb
 from repghost.signals import ignore_signals
-
-log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Position = Callable[[], tuple[int, int]]
@@ -63,13 +60,9 @@ class TorchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         epoch, batch = self._position()
         self._route.epoch, self._route.batch = epoch, batch % self._route.batches
-        bad = 0
+        budget = SkipBudget(self._skip_bad)
         for images, labels, positions, draws, errors in self._batches():
-            for error in errors:
-                bad += 1
-                if bad > self._skip_bad:
-                    raise BadImage(f"{error} (data.skip_budget allows {self._skip_bad} bad image(s) per epoch)")
-                log.warning("skipped: %s", error)
+            budget.spend(errors)
             yield images, labels, positions, draws
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, list[str]]]:

@@ -9,6 +9,8 @@ its processes return. SLURM: `#SBATCH --signal=USR1@120`, and `scontrol requeue`
 Check: `pytest tests/test_signals.py tests/test_resume.py`.
 """
 
+import atexit
+import multiprocessing.util  # before _end_workers is registered: what is registered last runs first
 import os
 import signal
 import sys
@@ -145,3 +147,12 @@ def ignore_signals(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: Ctrl-C and job managers signal all processes, the run's own ends workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends the workers that are left by SIGTERM, which they ignore, and then waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

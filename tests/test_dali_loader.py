@@ -146,7 +146,7 @@ def test_what_dali_refuses_is_decoded_as_the_torch_loader_does(
         skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
         caplog.clear()
         assert_same(mine, list(loader(TorchLoader, plan, skip_bad=2)))
-        assert skipped == [record.message for record in caplog.records if record.name == "data.torch_loader"]
+        assert skipped == [record.message for record in caplog.records if record.name == "data.reader"]
     assert len(skipped) == 2 and "empty" in skipped[0] and "endless" in skipped[1]
 
 

@@ -15,6 +15,8 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -588,6 +590,22 @@ def test_a_fault_in_a_worker_process_is_the_same_line(copy: Path, tmp_path: Path
     with pytest.raises(BadImage, match=rf"^{SHARD}: .*No such file") as error:
         list(training(TorchLoader, index, skip_bad=2, workers=1))
     one_line(error)
+
+
+def test_a_process_ends_though_its_workers_ignore_signals(shards: Path, tmp_path: Path) -> None:
+    """Something, usually the traceback of an error, still holds the iterator when the process ends."""
+    script = """
+import sys
+from pathlib import Path
+from test_faults import TorchLoader, load_index, training
+held = iter(training(TorchLoader, load_index(sys.argv[1], "train", sys.argv[2]), skip_bad=0, rows=1, workers=1))
+next(held)
+sys.exit(3)
+"""
+    command = [sys.executable, "-c", script, str(shards), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 3 and "Error" not in done.stderr, done.stderr
 
 
 def test_a_killed_worker_ends_the_epoch_with_its_cause(shards: Path, tmp_path: Path) -> None:
