@@ -5,6 +5,11 @@ the run where it stopped, and does nothing when it is finished. SIGTERM, SIGINT 
 batches, saved, with exit code 75.
 """
 
+import os
+
+# Read when torch is loaded: threads that wait for each other sleep, since beside decoding processes they starve them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -12,8 +17,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
+from repghost.class_names import write_class_names
 from repghost.cli import command
+from repghost.compiling import compiles, keep_compiled
 from repghost.official import official_curve
+from repghost.profiling import StepProfiler
 from repghost.progress import RunFiles, SpeedBar
 from repghost.ranks import ranks_end_together
 from repghost.run import describe, evaluate_run, is_finished, make_logger, open_run
@@ -33,14 +41,19 @@ def main(config: DictConfig) -> None:
         directory=directory,
         callbacks=[checkpoints, files, SpeedBar(refresh_rate=1)],
         logger=make_logger(config.logger, directory),
+        profiler=StepProfiler(directory) if config.profile else None,
         plugins=[AtomicCheckpointIO()],
     )
     with checkpoints.signals, ranks_end_together(trainer):
         data = instantiate(config.data).load("train", "val")
+        write_class_names(directory, data.index("train").classes)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
         model = instantiate(config.model, num_classes=data.num_classes)
         if config.weights:
             start_from(model, config.weights)
+        if compiles(config.compile, trainer.strategy.root_device):
+            keep_compiled(Path(config.data.cache) / "compiled")
+            data.augment.compile()
         classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
         files.official = official_curve(config.width, config.epochs, data.counts)
         paper = Path(__file__).parent / "conf/recipe/paper.yaml"

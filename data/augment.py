@@ -35,6 +35,10 @@ from repghost.errors import UserError
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with
 
+# Each product and sum rounded by itself and divisions rounded correctly, as without torch.compile: contracted to fused
+# multiply-adds, some values fall on the other side of the floor that makes them integers again.
+_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+
 _CACHED = 2**18  # values of one piece on a CPU: 1 MiB of float32, which a core's cache holds
 
 
@@ -125,21 +129,46 @@ class Augment:
         """
         if grouped is None:
             grouped = _prefers_groups(images)
+        if grouped:
+            return self._train_in_groups(images, uniforms, generator)
+        noise = None
+        if self.erase is not None:  # drawn out here: torch.compile takes no generator
+            noise = torch.randn(images.shape, generator=generator, device=images.device)
+        return self._train_mixed(images, uniforms, noise)
+
+    def compile(self) -> None:
+        """Compiles the path that treats all samples alike; batches of another shape are compiled anew."""
+        self._train_mixed = torch.compile(  # type: ignore[method-assign]
+            self._train_mixed, fullgraph=True, dynamic=False, options=_AS_EAGER
+        )
+
+    def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
+        pixels = flip(images, uniforms[:, FLIP] < self.flip, grouped=False)
+        if self.rand_augment is not None:
+            pixels = self.rand_augment(pixels, uniforms, grouped=False)
+        if self.jitter is not None:
+            pixels = jitter(pixels, *self.jitter.draw(uniforms), grouped=False)
+        pixels = normalize(pixels, *self._constants(images))
+        if self.erase is not None and noise is not None:
+            pixels = erase(pixels, self.erase.boxes(uniforms, *images.shape[2:]), noise)
+        return pixels
+
+    def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
         flipped = uniforms[:, FLIP] < self.flip
         colour = None if self.jitter is None else self.jitter.draw(uniforms)
         boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
         mean, std = self._constants(images)
-        result = torch.empty_like(images, dtype=torch.float32) if grouped else None
-        for rows in _pieces(images) if grouped else [slice(None)]:
-            pixels = flip(images[rows], flipped[rows], grouped)
+        result = torch.empty_like(images, dtype=torch.float32)
+        for rows in _pieces(images):
+            pixels = flip(images[rows], flipped[rows], grouped=True)
             if self.rand_augment is not None:
-                pixels = self.rand_augment(pixels, uniforms[rows], grouped)
+                pixels = self.rand_augment(pixels, uniforms[rows], grouped=True)
             if colour is not None:
-                pixels = jitter(pixels, colour[0][rows], colour[1][rows], grouped)
-            pixels = normalize(pixels, mean, std, None if result is None else result[rows])
+                pixels = jitter(pixels, colour[0][rows], colour[1][rows], grouped=True)
+            pixels = normalize(pixels, mean, std, result[rows])
             if boxes is not None:
-                pixels = erase(pixels, boxes[rows], generator, grouped)
-        return pixels if result is None else result
+                erase_in_place(pixels, boxes[rows], generator)
+        return result
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalize uint8 [N, 3, H, W], nothing else: float32."""
@@ -167,21 +196,20 @@ def _pieces(images: Tensor) -> Iterator[slice]:
     return (slice(start, start + piece) for start in range(0, len(images), piece))
 
 
-def erase(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None, grouped: bool) -> Tensor:
-    """float32 [N, 3, H, W] with noise of N(0, 1) in the box of every sample, int64 [N, 4]; grouped: in place."""
-    if grouped:
-        for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
-            if h > 0:
-                image[:, top : top + h, left : left + w] = torch.randn(
-                    3, h, w, generator=generator, device=pixels.device
-                )
-        return pixels
+def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None) -> None:
+    """Noise of N(0, 1) into the box of every sample of float32 [N, 3, H, W]; boxes: int64 [N, 4]."""
+    for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
+        if h > 0:
+            image[:, top : top + h, left : left + w] = torch.randn(3, h, w, generator=generator, device=pixels.device)
+
+
+def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
+    """float32 [N, 3, H, W] with what `noise`, of the same shape, has in the box of every sample, int64 [N, 4]."""
     height, width = pixels.shape[2:]
     top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
     y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
     x = torch.arange(width, device=pixels.device)
     inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-    noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     return torch.where(inside, noise, pixels)
 
 

@@ -64,6 +64,7 @@ class ImageNetData(pl.LightningDataModule):
         if seed < 0:
             raise UserError(f"seed={seed}: not negative")
         self.augment = augment
+        self._copies: torch.cuda.Stream | None = None
         if is_url(root) and (train or val):
             raise UserError(
                 f"data.root={root}: shards named by data.train or data.val cannot be read from a URL: "
@@ -214,6 +215,19 @@ class ImageNetData(pl.LightningDataModule):
         return loop.epoch_progress.current.processed, loop.batch_idx + 1
 
     # -- on the training device ------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on `device`; to a GPU beside what that is computing, which is the step before."""
+        if device.type != "cuda" or batch[0].is_cuda:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self._copies = self._copies or torch.cuda.Stream(device)
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._copies):
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        computing.wait_stream(self._copies)
+        for tensor in moved:
+            tensor.record_stream(computing)  # its memory was allocated for the other stream
+        return moved
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """(float32 images [N, 3, S, S] normalized, labels, positions) of a loader's batch, on its device."""

@@ -129,7 +129,7 @@ def _rounded_down(level: Tensor, scale: float, most: float) -> Tensor:
 
 
 def _auto_contrast(images: Tensor, level: Tensor) -> Tensor:
-    values = images.flatten(2)
+    values = images.flatten(2).int()  # compiled for a CPU, torch 2.14's amin of uint8 begins at 0
     low = values.amin(2, keepdim=True).double()
     high = values.amax(2, keepdim=True).double()
     span = (high - low).clamp(min=1.0)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from repghost.compiling import compile_step, compiles
 from repghost.ema import WeightAverage
 from repghost.errors import UserError
 from repghost.loss_watch import LossWatch
@@ -31,7 +32,7 @@ class ImageClassifier(pl.LightningModule):
 
     learning_rate, start_learning_rate and final_learning_rate are stated for `reference_batch_size` and scaled to
     `batch_size`, the global one. The average has the decay `ema_decay` or, in its place, a memory of `ema_span` times
-    the steps of the run.
+    the steps of the run. compile: the training step, see `repghost.compiling`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ImageClassifier(pl.LightningModule):
         steps_per_epoch: int,
         freeze_epochs: int,
         channels_last: bool,
-        compile: bool,
+        compile: bool | str,
         seed: int,
     ) -> None:
         super().__init__()
@@ -68,8 +69,8 @@ class ImageClassifier(pl.LightningModule):
             raise UserError(f"recipe.learning_rate={learning_rate}, recipe.weight_decay={weight_decay}: not negative")
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.ema = WeightAverage(self.model, float(ema_decay or 0))
-        if compile:
-            self.model.compile()
+        self._compile = compile
+        self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
 
         def scaled(value: float) -> float:
             return linear_scale(value, batch_size=batch_size, reference_batch_size=reference_batch_size)
@@ -113,13 +114,18 @@ class ImageClassifier(pl.LightningModule):
             lr=self.epoch_learning_rate(0),
             momentum=self._sgd["momentum"],
             nesterov=self._sgd["momentum"] > 0,
+            # One kernel, which takes AMP's scale without asking the device. A CPU's rounds otherwise than timm's SGD.
+            fused=self.device.type == "cuda" or None,
         )
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self.ema.model.to(self.device)
+        self.ema.to(self.device)
         self._train_sums = self._train_sums.to(self.device)
+        if compiles(self._compile, self.device):
+            # The network of a validation is in another mode and stays as it is: one graph, compiled once.
+            self._loss = compile_step(self._network_and_loss)
 
     def on_train_epoch_start(self) -> None:
         # A pure function of the epoch: there is no scheduler whose state could be lost.
@@ -135,11 +141,14 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, positions = batch
-        loss = smoothed_cross_entropy(self.model(images), labels, self._label_smoothing)
+        loss = self._loss(images, labels)
         images_counted = (labels >= 0).sum()
         self._train_sums += torch.stack([loss.detach().double() * images_counted, images_counted])
         self._watch.follow(loss, self.current_epoch, batch_idx, positions)
         return loss
+
+    def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return smoothed_cross_entropy(self.model(images), labels, self._label_smoothing)
 
     def require_finite_loss(self) -> None:
         """Raises UserError when the loss of the last step was not a number; waits for that step."""
@@ -164,8 +173,10 @@ class ImageClassifier(pl.LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        average_buffers(self.model)
-        self.ema.update(self.model)
+        trainer: Any = self.trainer
+        with trainer.profiler.profile("[ImageClassifier].average"):
+            average_buffers(self.model)
+            self.ema.update(self.model)
 
     @property
     def images_per_batch(self) -> int:

@@ -5,9 +5,10 @@ update instead). Integer buffers (BatchNorm's batch counter) are copied. Check: 
 """
 
 import copy
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class WeightAverage:
@@ -20,17 +21,36 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._tensors: tuple[Pairs, Pairs] | None = None
+
+    def to(self, device: torch.device) -> None:
+        """Moves the average; to be called once the training model was moved, too."""
+        self.model.to(device)
+        self._tensors = None
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average <- decay * average + (1 - decay) * model, over every parameter and floating-point buffer."""
-        average, current = self._tensors(self.model), self._tensors(model)
-        torch._foreach_lerp_(average[0], current[0], 1 - self.decay)
-        for mine, theirs in zip(average[1], current[1], strict=True):
-            mine.copy_(theirs)
+        """average <- decay * average + (1 - decay) * model, over every parameter and floating-point buffer.
 
-    @staticmethod
-    def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(floating-point, integer) tensors of the model, in the order of its state dict."""
-        tensors = list(model.state_dict().values())
-        return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+        The tensors are looked up at the first call: it has to be the same model every time, and moved to another
+        device only together with this average.
+        """
+        if self._tensors is None:
+            self._tensors = _pairs(self.model, model)
+        floating, counts = self._tensors
+        torch._foreach_lerp_(*floating, 1 - self.decay)
+        if counts[0]:
+            torch._foreach_copy_(*counts)
+
+
+Pairs = tuple[list[Tensor], list[Tensor]]
+
+
+def _pairs(average: nn.Module, model: nn.Module) -> tuple[Pairs, Pairs]:
+    """Tensors of the average and, in the same order, of the model: floating-point ones; integers.
+
+    The parameters and buffers themselves: an optimizer's step and `load_state_dict` write into them.
+    """
+    pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (average, model)), strict=True))
+    floating, counts = ([p for p in pairs if p[0].is_floating_point() is kind] for kind in (True, False))
+    return ([a for a, _ in floating], [b for _, b in floating]), ([a for a, _ in counts], [b for _, b in counts])

@@ -9,6 +9,7 @@ so does "hf-hub:OWNER/NAME". Check: `pytest tests/test_results.py -k hub`.
 
 import csv
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from repghost.atomic import atomic_write, write_text
+from repghost.class_names import class_names_of
 from repghost.errors import UserError
 from repghost.model import WIDTHS, RepGhostNet
 from repghost.run import load_run, read_config
@@ -65,7 +67,8 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
     save_weights(model, out / WEIGHTS_FILE)
-    write_text(out / "config.json", json.dumps(_timm_config(model, name, config), indent=2) + "\n")
+    described = _timm_config(model, name, config, class_names_of(directory))
+    write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
     curve = directory / "curve.png"
     if curve.exists():
         with atomic_write(out / curve.name) as file:
@@ -91,13 +94,16 @@ def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
         ) from None
 
 
-def _timm_config(model: RepGhostNet, architecture: str, config: DictConfig) -> dict[str, Any]:
+def _timm_config(
+    model: RepGhostNet, architecture: str, config: DictConfig, names: Sequence[str] | None
+) -> dict[str, Any]:
     size, classes = config.image_size, model.classifier.out_features
     return {
         "architecture": architecture,
         "num_classes": classes,
         "num_features": model.classifier.in_features,
         "global_pool": "avg",
+        **({"label_names": list(names)} if names else {}),
         "pretrained_cfg": {
             **_PREPROCESSING,
             "num_classes": classes,

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 # Overrides that change where and how fast a run happens, but not which run it is.
-_NOT_PART_OF_THE_NAME = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds",
+_NOT_PART_OF_THE_NAME = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
                          "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
 _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 

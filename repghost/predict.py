@@ -11,9 +11,9 @@ under their paths below the folder that all images have in common. Folders are r
 a few files ahead; of what is in them only files with an image's extension count. A path with a = in it that could be
 a key is written ./KEY=VALUE.
 
-Class names: of a run, those of its data set (classes.txt in its folder, data.class_names, or the manifest of the
-shards); of weights with 1,000 classes, ImageNet's; class_names=FILE, a line a class, overrides both. ImageNet's
-WordNet ids are shown as words. Image size and crop are the run's.
+Class names: of a run, those of its data set (classes.txt in its folder); of weights with 1,000 classes, ImageNet's;
+class_names=FILE, a line a class, overrides both. ImageNet's WordNet ids are shown as words. Image size and crop are the
+run's.
 
 A file that cannot be read or decoded is one line on stderr and is skipped. Exit codes: 0; 1 when no image could be
 predicted; 2 for a mistake in the command. The pixels are those of evaluation (see `repghost.images`), so a photograph
@@ -38,8 +38,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from repghost.class_names import class_names_of, read_class_names
 from repghost.errors import UserError
-from repghost.imagenet import class_words, synsets
+from repghost.imagenet import class_words
 from repghost.images import EXTENSIONS, evaluation_transform, image_files, is_url, read_image
 from repghost.model import RepGhostNet
 from repghost.reparameterize import reparameterize
@@ -157,7 +158,7 @@ def predictor(given: dict[str, str]) -> Predictor:
         config = read_config(directory)
         model, _ = load_run(directory, given.get("selection", "last"))
         size, fraction = int(config.image_size), float(config.data.crop_fraction)
-        classes = None if "class_names" in given else run_classes(directory, config)
+        classes = None if "class_names" in given else class_names_of(directory)
     else:
         if "selection" in given:
             raise UserError("selection= belongs to run=")
@@ -167,38 +168,13 @@ def predictor(given: dict[str, str]) -> Predictor:
         size, fraction = 224, 0.875
         classes = class_words() if model.classifier.out_features == 1000 else None
     if "class_names" in given:
-        classes = _lines(Path(given["class_names"]).expanduser())
+        classes = read_class_names(Path(given["class_names"]))
     return Predictor(
         model,
         classes,
         image_size=int(_number(given, "image_size", size)),
         crop_fraction=_number(given, "crop_fraction", fraction),
     )
-
-
-def run_classes(directory: Path, config: Any) -> list[str] | None:
-    """The class names of the run in `directory`; None, and a line on stderr, where nothing holds them any more."""
-    written, named, root = directory / "classes.txt", config.data.get("class_names"), config.data.root
-    if written.exists():
-        names = _lines(written)
-    elif named:
-        names = _lines(Path(named).expanduser())
-    else:
-        try:
-            names = json.loads((Path(str(root)).expanduser() / "manifest.json").read_text(encoding="utf-8"))["classes"]
-        except (OSError, ValueError, KeyError):
-            if isinstance(root, str):  # the embedded digits have no folder, and their numbers are their names
-                print(f"{root}: no class names found, showing numbers (class_names=FILE names them)", file=sys.stderr)
-            return None
-    of_imagenet = dict(zip(synsets(), class_words(), strict=True))
-    return [of_imagenet.get(name, name) for name in names]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no class names can be read from it ({error})") from None
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ import torch
 import yaml
 from helpers import randomize_batchnorm
 from images import patch
-from omegaconf import OmegaConf
 from PIL import Image
 from timm.data import ImageNetInfo
 
 from data.plan import EvaluationPlan
 from data.torch_loader import resize
 from repghost import predict, repghostnet
+from repghost.class_names import class_names_of, write_class_names
 from repghost.errors import UserError
 from repghost.imagenet import class_words, synsets
 from repghost.images import evaluation_transform, image_files, read_image
@@ -203,14 +203,10 @@ def test_mistakes_are_one_line(
 
 
 def test_the_class_names_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = OmegaConf.create({"data": {"root": str(tmp_path / "shards"), "class_names": None}})
-    assert predict.run_classes(tmp_path, config) is None
-    assert "no class names found" in capsys.readouterr().err
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"classes": ["owl", synsets()[0]]}))
-    assert predict.run_classes(tmp_path, config) == ["owl", "tench"]
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    assert predict.run_classes(tmp_path, config) == ["cat", "dog"]
+    assert class_names_of(tmp_path) is None
+    assert "classes.txt: missing" in capsys.readouterr().err
+    write_class_names(tmp_path, ["owl", synsets()[0], "a spaced name"])
+    assert class_names_of(tmp_path) == ["owl", "tench", "a spaced name"]
 
 
 def test_a_run_knows_its_classes_size_and_crop(tmp_path: Path, shards: Path) -> None:
@@ -219,6 +215,7 @@ def test_a_run_knows_its_classes_size_and_crop(tmp_path: Path, shards: Path) -> 
     config = {"width": 0.1, "image_size": 32, "data": {"root": str(shards), "class_names": None, "crop_fraction": 1.0}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "checkpoints").mkdir()
+    write_class_names(tmp_path, ["cat", "dog", "owl"])
     torch.save({"ema": model.state_dict(), "history": [{"epoch": 0}]}, tmp_path / "checkpoints" / "last.ckpt")
     image = tmp_path / "owl.png"
     patch(2).save(image)

@@ -129,6 +129,7 @@ def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: py
     export.main(["run=outputs/half", "format=hub", "selection=best_ema", "out=hub"])
     model = timm.create_model("local-dir:hub", pretrained=True).eval()
     assert model.num_classes == 3 and tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+    assert model.pretrained_cfg["label_names"] == Path("outputs/half/classes.txt").read_text().split()
     assert timm.data.resolve_data_config(model=model)["crop_pct"] == 0.875
     ours = load_model("outputs/half/checkpoints/best_ema.ckpt", 0.5)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from repghost.weights import read_weights
 Program = Callable[..., int]
 FILES = {
     "config.yaml", "checkpoints", "metrics.csv", "timing.csv", "model.safetensors", "model_fused.safetensors",
-    "evaluation.json", "curve.png",
+    "evaluation.json", "curve.png", "classes.txt",
 }  # fmt: skip
 
 

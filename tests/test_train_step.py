@@ -1,0 +1,220 @@
+"""The training step as it is compiled: one graph, once; the same numbers; memory; and the benchmarks about it."""
+
+import csv
+import resource
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_classifier import RECIPE
+from torch._dynamo.utils import counters
+
+from benchmarks import scaling, simulate_ranks, train_step
+from repghost.classifier import ImageClassifier
+from repghost.compiling import compiles, keep_compiled
+from repghost.ema import WeightAverage
+from repghost.errors import UserError
+from repghost.model import repghostnet
+from repghost.trainer import keep_freed_memory
+
+Program = Callable[..., int]
+CPU = torch.device("cpu")
+
+
+def trained(steps: int, **options: object) -> ImageClassifier:
+    """A tiny network after some steps on noise."""
+    torch.manual_seed(0)
+    classifier = ImageClassifier(repghostnet(0.1, 3), **{**RECIPE, **options})  # type: ignore[arg-type]
+    classifier.train()
+    classifier.on_fit_start()
+    optimizer = classifier.configure_optimizers()
+    for step in range(steps):
+        torch.manual_seed(step)
+        images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, -1])
+        classifier.training_step((images, labels, torch.arange(4)), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        classifier.ema.update(classifier.model)
+    return classifier
+
+
+def test_the_step_is_one_graph_and_compiled_once(monkeypatch: pytest.MonkeyPatch, train_tiny: Program) -> None:
+    # Graphs are those of every backend; this one does without a compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert train_tiny("compile=true") == 0  # two epochs, with validations between them
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = trained(3, compile=False)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = trained(3, compile=True)
+    for mine, theirs in ((eager.model, compiled.model), (eager.ema.model, compiled.ema.model)):
+        for name, tensor in mine.state_dict().items():
+            torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_auto_compiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not compiles("auto", CPU) and not compiles(False, CPU)
+    with pytest.raises(UserError, match="compile=maybe"):
+        compiles("maybe", CPU)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no compiler"):
+        compiles(True, CPU)
+
+
+def test_without_a_compiler_a_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train_tiny("compile=true") == 2
+    assert capsys.readouterr().err.startswith("error: compile=true is impossible here: no compiler was found")
+
+
+def test_compiled_code_is_kept_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    keep_compiled(tmp_path / "mine")
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    assert cache_dir() == str(tmp_path / "mine")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "theirs"))
+    keep_compiled(tmp_path / "mine")
+    assert cache_dir() == str(tmp_path / "theirs")
+
+
+def test_the_average_follows_through_a_checkpoint_and_a_move() -> None:
+    model = repghostnet(0.1, 3)
+    average = WeightAverage(model, 0.5)
+    average.update(model)
+    other = repghostnet(0.1, 3)
+    other.bn1.running_mean.fill_(3.0)
+    other.bn1.num_batches_tracked.fill_(7)
+    model.load_state_dict(other.state_dict())  # in place, as a resumed run does
+    average.update(model)
+    assert torch.allclose(average.model.bn1.running_mean, torch.full_like(model.bn1.running_mean, 1.5))
+    assert average.model.bn1.num_batches_tracked == 7
+    model.double()  # what moves replaces buffers
+    average.model.double()
+    average.to(CPU)
+    average.update(model)
+    assert torch.allclose(average.model.bn1.running_mean, torch.full_like(model.bn1.running_mean, 2.25))
+
+
+def test_freed_memory_is_found_again() -> None:
+    keep_freed_memory()
+
+    def pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 16,384 pages of 4 KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages()
+    assert sum(pages() for _ in range(8)) < 4 * 16384  # a neighbour may have taken the place once or twice
+
+
+@pytest.mark.slow
+def test_the_compiled_augmentation_has_the_same_bits() -> None:
+    from helpers import photographs
+    from hydra.utils import instantiate
+    from test_config import composed
+
+    from data.sampling import uniforms
+
+    images = (photographs(32, 64) * 57.4 + 115).clamp(0, 255).byte()
+    for width in (1.0, 1.3):
+        plain, compiled = (instantiate(composed(f"width={width}").data.augment) for _ in range(2))
+        compiled.compile()
+        for epoch in range(8):
+            draws = torch.from_numpy(uniforms(0, epoch, 0, len(images)))
+            one, other = (
+                augment.train(images, draws, torch.Generator().manual_seed(epoch), grouped=False)
+                for augment in (plain, compiled)
+            )
+            assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_resumed_to_the_same_bits(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    step = ImageClassifier.optimizer_step
+
+    def cut(self: ImageClassifier, epoch: int, batch_idx: int, *arguments: object) -> None:
+        step(self, epoch, batch_idx, *arguments)  # type: ignore[arg-type]
+        if (epoch, batch_idx) == (1, 2):
+            raise PowerCut
+
+    options = ("compile=true", f"data.cache={Path.cwd()}/cache")
+    assert train_tiny("name=whole", *options) == 0
+    assert any(Path("cache/compiled").iterdir())
+    with monkeypatch.context() as patched, pytest.raises(PowerCut):
+        patched.setattr(ImageClassifier, "optimizer_step", cut)
+        train_tiny("name=cut", "checkpoint.minutes=1e-6", *options)
+    assert train_tiny("name=cut", *options) == 0
+    for file in ("metrics.csv", "model.safetensors"):
+        assert Path("outputs/whole", file).read_bytes() == Path("outputs/cut", file).read_bytes()
+
+
+# -- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"images": 24, "batch-size": 4, "seconds": 0.01, "repetitions": 1, "workers": 1, "threads": 1}
+    out = tmp_path / "train_step.csv"
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    train_step.main([*arguments, "--quick", "--epochs=4", "--corpus", str(tmp_path / "corpus"), f"--out={out}"])
+    table = {row["what"]: row for row in csv.DictReader(out.read_text().splitlines())}
+    assert float(table["first step after the command: ours"]["seconds"]) > 1
+    for part in ("step", "loader", "end to end"):
+        assert float(table[f"{part}: timm"]["ratio_to_timm"]) == 1
+        assert float(table[f"{part}: ours"]["images_per_second"]) > 0
+    shares = [float(row["share_of_step"]) for row in table.values() if row["share_of_step"]]
+    assert sum(shares) == pytest.approx(1, abs=0.01)
+    printed = capsys.readouterr().out
+    assert "bound by" in printed.splitlines()[-len(table) - 1] and all(what in printed for what in table)
+
+
+def test_ranks_are_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate_ranks.main(["--ranks=7", "--rows=5", "--accumulate=2", "--samples", "1000", "101"]) == 0
+    printed = capsys.readouterr().out
+    assert "28 batches a rank" in printed and "20 samples left out" in printed and "3 batches a rank" in printed
+
+
+def test_the_simulation_finds_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = np.arange(100)
+    order[3] = order[4]
+    assert any("visited 2 times" in line for line in simulate_ranks.violations(100, 5, 4, 1, order, train=True))
+    ranks_apart = simulate_ranks.Partition.start
+    monkeypatch.setattr(simulate_ranks.Partition, "start", lambda self, batch: max(0, ranks_apart(self, batch) - 5))
+    assert simulate_ranks.main(["--ranks=4", "--rows=5", "--samples", "100", "10"]) == 1
+    assert "VIOLATION" in capsys.readouterr().out
+
+
+def test_scaling_is_computed_from_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    model = repghostnet(0.5)
+    assert scaling.exchanged(model) == 4 * sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
+    machine = scaling.Machine(decode=1e4, within=3e11, between=4e10, latency=2e-5, launch=3e-3)
+    assert machine.reduce(10**7, 1) == 0
+    assert machine.reduce(10**7, 8) == pytest.approx(2 * 7 / 8 * 1e7 / 3e11 + 6 * 2e-5)
+    scaling.main(["--rate", "0.5=20000", "--cores", "16", "--widths", "0.5"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.5")]
+    assert len(rows) == 8 and rows[0][9] == "decode" and rows[0][7] == "11,504" and rows[7][9] == "launch"
+
+
+def test_paper_widths_reduce_9_to_39_megabytes() -> None:
+    sizes = [scaling.exchanged(repghostnet(width)) / 1e6 for width in (0.5, 2.0)]
+    assert [round(size) for size in sizes] == [9, 39]
+    rates = scaling.rates({0.5: 100.0})
+    assert rates[0.5] == 100 and 0.2 < rates[2.0] / rates[0.5] < 0.3
