@@ -2,8 +2,9 @@
 # Run: docker run --gpus all --ipc host -v SHARDS:/shards:ro -v $PWD/outputs:/home/user/repghost/outputs repghost \
 #          .venv/bin/python train.py width=1.0 data.root=/shards trainer=gpu
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+# gcc, g++ and Python's headers are for torch.compile.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git make python3 python3-venv \
+    && apt-get install --yes --no-install-recommends g++ gcc git make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --shell /bin/bash user
 USER user

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
@@ -26,7 +27,7 @@ _COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "cl
 def compiles(wanted: bool | str, device: torch.device) -> bool:
     """Whether to compile for `device`: true, false, or `auto`, which is where it pays within minutes: on GPUs.
 
-    Raises UserError where it is wanted (`true`) and impossible; `auto` goes without.
+    Raises UserError where it is wanted (`true`) and impossible; `auto` goes without, and says so.
     """
     if wanted not in (True, False, "auto"):
         raise UserError(f"compile={wanted} is not one of auto, true, false")
@@ -35,6 +36,8 @@ def compiles(wanted: bool | str, device: torch.device) -> bool:
     problem = _missing(device)
     if problem and wanted != "auto":
         raise UserError(f"compile=true is impossible here: {problem}; compile=false goes without")
+    if problem:
+        rank_zero_warn(f"compile=auto: the training step is not compiled, which is slower: {problem}")
     return problem is None
 
 

@@ -69,6 +69,9 @@ def test_auto_compiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="no compiler"):
         compiles(True, CPU)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(UserWarning, match="is not compiled, which is slower"):
+        assert not compiles("auto", torch.device("cuda"))
 
 
 def test_without_a_compiler_a_run_says_so(
