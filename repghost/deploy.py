@@ -144,6 +144,11 @@ def example_input(deployment: Deployment) -> Tensor:
 def write_onnx(module: Deployable, deployment: Deployment, path: Path, opset: int, facts: dict[str, Any]) -> None:
     """Writes ONNX with the weights inside; `facts` become its metadata. Raises UserError for an impossible opset."""
     from onnx import defs
+    from onnxscript import opset18
+
+    def mean(x: Any, dim: Any, keepdim: bool = False, dtype: Any = None) -> Any:
+        assert sorted(axis % 4 for axis in dim) == [2, 3] and keepdim, "the network has no other mean"
+        return opset18.GlobalAveragePool(x)
 
     if not OLDEST_OPSET <= opset <= defs.onnx_opset_version():
         raise UserError(
@@ -163,6 +168,8 @@ def write_onnx(module: Deployable, deployment: Deployment, path: Path, opset: in
         input_names=["image"],
         output_names=[deployment.output],
         dynamic_shapes=(free,),
+        # onnxruntime keeps the convolutions' blocked layout through this one, and not through the usual ReduceMean.
+        custom_translation_table={torch.ops.aten.mean.dim: mean},
     )
     assert program is not None
     model = program.model_proto

@@ -11,37 +11,31 @@ uint8 [N, H, W, 3], and resizes and normalizes them itself, ONNX those of any si
 input_size=HEIGHTxWIDTH; crop_fraction (of its centre crop); int8=true with calibration=FOLDER|SHARD.tar and
 calibration_images (see `repghost.quantize`); check=FOLDER|SHARD.tar: photographs to check the export with.
 
-Every export is run by its own runtime on photographs and compared with torch before it appears at `out`: in float32 no
-logit may differ by more than 1e-4 (with softmax, the logarithm of a probability). float16 keeps 11 binary digits, so a
-rounding is off by up to 5e-4; those of the weights and activations of about a hundred layers add up like the square
-root of 200, to 7e-3 of the largest logit, and three times that, 2e-2, is the bound.
+Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one that
+differs by too much is an error (see `repghost.export_check`).
 Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
-import json
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from repghost import deploy
-from repghost.atomic import TEMPORARY, atomic_write, write_text
+from repghost.atomic import TEMPORARY, atomic_write
 from repghost.deploy import Deployable, Deployment
 from repghost.errors import UserError
-from repghost.exported import ExportedModel, open_executorch, open_onnx, open_torchscript, require
+from repghost.export_check import check_coreml, checked_inputs, compare, inputs_of, open_written, report_int8
+from repghost.exported import require
 from repghost.hub import export_hub
-from repghost.images import evaluation_transform
 from repghost.model import RepGhostNet
 from repghost.photographs import photographs, sample_photographs
-from repghost.quantize import layer_losses, quantize_executorch, quantize_onnx, sqnr
+from repghost.quantize import quantize_executorch, quantize_onnx
 from repghost.reparameterize import reparameterize
 from repghost.run import load_run, read_config
 from repghost.weights import load_model, save_weights
@@ -65,10 +59,6 @@ KEYS = {
     "hub": ("run", "selection", "format", "out"),
 }
 CHECKED = 16  # photographs that an export is compared on
-EXAMINED = 32  # calibration images that every layer's loss is measured on
-SHOWN = 5  # of the layers that lose most
-TOLERANCE = 1e-4  # of float32 logits, absolute
-TOLERANCE_FLOAT16 = 2e-2  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -131,22 +121,24 @@ def export(given: dict[str, str]) -> Path:
             elif form == "onnx" and int8:
                 exact = Path(folder) / "float32.onnx"
                 deploy.write_onnx(module, deployment, exact, opset, facts)
-                quantize_onnx(exact, written, _inputs(calibration, deployment))
+                quantize_onnx(exact, written, inputs_of(calibration, deployment))
             elif form == "onnx":
                 deploy.write_onnx(module, deployment, written, opset, facts)
             elif int8:
-                deploy.write_executorch(quantize_executorch(module, _inputs(calibration, deployment)), written, facts)
+                deploy.write_executorch(quantize_executorch(module, inputs_of(calibration, deployment)), written, facts)
             else:
                 program = torch.export.export(module, (deploy.example_input(deployment),))
                 deploy.write_executorch(program, written, facts)
         reference = Deployable(source.model, replace(deployment, float16=False))
         if form == "coreml":
-            print(_check_coreml(written))
-        elif int8:
-            print(_report_int8(reference, _open(form)(written), source, deployment, images, what, out, given))
+            print(check_coreml(written))
         else:
-            model = _weights_model(written, source.model.width) if form == "safetensors" else _open(form)(written)
-            print(_compare(reference, model, _checked_inputs(images, deployment), deployment, what))
+            model = open_written(form, written, source.model.width)
+            if int8:
+                origin = given["calibration"], source.arguments
+                print(report_int8(reference, model, source.model, deployment, images, what, out, *origin))
+            else:
+                print(compare(reference, model, checked_inputs(images, deployment), deployment, what))
         _publish(written, out)
     return out
 
@@ -212,114 +204,6 @@ def _out(given: dict[str, str], form: str, width: float, deployment: Deployment,
         selection = f"_{given['selection']}" if given.get("selection", "last") != "last" else ""
         return Path(given["run"]) / f"fused{selection}{kind}{ENDINGS[form]}"
     return Path(f"repghostnet_{width:g}{kind}{ENDINGS[form]}")
-
-
-def _inputs(images: Sequence[Image.Image], deployment: Deployment) -> list[Tensor]:
-    """The images as inputs of an export.
-
-    A batch of fixed size is filled up with the first ones; where sizes differ, every batch is of one image.
-    """
-    if deployment.preprocess and deployment.input_size is None:
-        return [_pixels(image).expand(deployment.batch or 1, -1, -1, -1) for image in images]
-    if deployment.input_size is not None:
-        height, width = deployment.input_size
-        rows = [_pixels(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
-    else:
-        transform = evaluation_transform(deployment.image_size, deployment.crop_fraction)
-        rows = [transform(image) for image in images]
-    size = deployment.batch or 1
-    missing = -len(rows) % size
-    return list(torch.stack(rows + [rows[i % len(rows)] for i in range(missing)]).split(size))
-
-
-def _checked_inputs(images: Sequence[Image.Image], deployment: Deployment) -> list[Tensor]:
-    """`_inputs`; where a batch of any size goes in, also each image with its mirror image."""
-    inputs = _inputs(images, deployment)
-    if deployment.batch:
-        return inputs
-    width = 2 if deployment.preprocess else 3
-    return inputs + [torch.cat([x, x.flip(width)]) for x in inputs]
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """uint8 [H, W, 3]"""
-    return torch.from_numpy(np.array(image))
-
-
-def _open(form: str) -> Callable[[Path], ExportedModel]:
-    return {"onnx": open_onnx, "executorch": open_executorch, "torchscript": open_torchscript}[form]
-
-
-def _weights_model(path: Path, width: float) -> ExportedModel:
-    return ExportedModel(load_model(path, width))
-
-
-@torch.no_grad()
-def _compare(
-    reference: Deployable, model: ExportedModel, inputs: Sequence[Tensor], deployment: Deployment, what: str
-) -> str:
-    """One line on how far an export is from torch. Raises UserError when that is too far."""
-    expected, found = (torch.cat([net(x) for x in inputs]) for net in (reference, model))
-    if deployment.softmax:
-        expected, found = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (expected, found))
-    difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
-    limit = TOLERANCE_FLOAT16 * largest if deployment.float16 else TOLERANCE
-    flips = int((expected.argmax(1) != found.argmax(1)).sum())
-    outputs = "log-probabilities" if deployment.softmax else "logits"
-    line = (
-        f"largest difference from torch in the {outputs}: {difference:.1e} (allowed {limit:.1e}), "
-        f"Top-1 differs in {flips} of {len(expected)}; checked on {what}"
-        + ("" if deployment.batch else ", alone and with their mirror images")
-    )
-    if not difference <= limit:  # a NaN is not either
-        raise UserError(f"the export is wrong, nothing was written: {line}")
-    return line
-
-
-def _check_coreml(package: Path) -> str:
-    with deploy.quiet():
-        found = deploy.coreml_operations(package)
-    assert not any("batch_norm" in operation for operation in found)
-    return f"not run: Core ML runs on macOS only; the package loads and has no BatchNorm ({', '.join(sorted(found))})"
-
-
-@torch.no_grad()
-def _report_int8(
-    reference: Deployable,
-    model: ExportedModel,
-    source: Source,
-    deployment: Deployment,
-    images: Sequence[Image.Image],
-    what: str,
-    out: Path,
-    given: dict[str, str],
-) -> str:
-    """What INT8 loses, in words; the same is written beside `out` as JSON."""
-    inputs = _inputs(images, deployment)
-    expected, found = (torch.cat([net(x) for x in inputs])[: len(images)] for net in (reference, model))
-    if not bool(found.isfinite().all()):
-        raise UserError("the export is wrong, nothing was written: its outputs are not finite")
-    agreement = 100 * float((expected.argmax(1) == found.argmax(1)).float().mean())
-    normalized = torch.cat(_inputs(images[:EXAMINED], replace(deployment, preprocess=False, input_size=None, batch=1)))
-    layers = layer_losses(source.model, normalized)
-    report = {
-        "file": out.name,
-        "calibration": given["calibration"],
-        "images": len(images),
-        "top1_agreement": agreement,
-        "sqnr_db": sqnr(expected, found),
-        "layers": layers,
-    }
-    path = out.with_suffix(".int8.json")
-    write_text(path, json.dumps(report, indent=2) + "\n")
-    worst = "\n".join(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in layers[:SHOWN])
-    return (
-        f"INT8 and float32 agree in the Top-1 of {agreement:.1f}% of {what}; "
-        f"{deployment.output}: signal to noise {report['sqnr_db']:.1f} dB\n"
-        f"layers that lose most when they alone are quantized (all of them in {path}):\n{worst}\n"
-        f"accuracy before: python evaluate.py {source.arguments} data.root=SHARDS\n"
-        f"accuracy after:  python evaluate.py weights={out} image_size={deployment.image_size} data.root=SHARDS"
-    )
 
 
 def _publish(written: Path, out: Path) -> None:

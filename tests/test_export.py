@@ -15,7 +15,7 @@ from onnxruntime import InferenceSession
 from PIL import Image
 from test_evaluation import random_network, rows, validation_shards
 
-from repghost import export, reparameterize, repghostnet
+from repghost import export, export_check, reparameterize, repghostnet
 from repghost.deploy import Preprocess
 from repghost.images import evaluation_transform
 from repghost.model import WIDTHS
@@ -154,7 +154,7 @@ def test_what_a_format_cannot_do(
 def test_an_export_that_differs_from_torch_is_not_written(
     half: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(export_check, "TOLERANCE", -1.0)
     with pytest.raises(SystemExit):
         exported("format=torchscript", "image_size=64", "out=model.pt")
     assert "the export is wrong, nothing was written" in capsys.readouterr().err
