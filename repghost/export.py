@@ -164,7 +164,8 @@ def _source(given: dict[str, str]) -> Source:
         arguments = f"weights={given['weights']} width={width:g}"
     if (channels := model.conv_stem.in_channels) != 3:
         raise UserError(f"a network for images with {channels} channels: exports are checked on photographs, with 3")
-    return Source(reparameterize(model), arguments, size, crop)
+    fused = reparameterize(model).to(memory_format=torch.contiguous_format)  # a run's are in channels_last
+    return Source(fused, arguments, size, crop)
 
 
 def _deployment(given: dict[str, str], form: str, source: Source) -> Deployment:

@@ -136,10 +136,11 @@ def report_int8(
     path = out.with_suffix(".int8.json")
     write_text(path, json.dumps(report, indent=2) + "\n")
     worst = "\n".join(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in layers[:SHOWN])
+    images_like = f"image_size={deployment.image_size} data.crop_fraction={deployment.crop_fraction:g} data.root=SHARDS"
     return (
         f"INT8 and float32 agree in the Top-1 of {agreement:.1f}% of {what}; "
         f"{deployment.output}: signal to noise {report['sqnr_db']:.1f} dB\n"
         f"layers that lose most when they alone are quantized (all of them in {path}):\n{worst}\n"
-        f"accuracy before: python evaluate.py {arguments} data.root=SHARDS\n"
-        f"accuracy after:  python evaluate.py weights={out} image_size={deployment.image_size} data.root=SHARDS"
+        f"accuracy before: python evaluate.py {arguments} {images_like}\n"
+        f"accuracy after:  python evaluate.py weights={out} {images_like}"
     )

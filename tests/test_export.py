@@ -95,6 +95,8 @@ def test_safetensors_are_the_fused_weights_of_a_run(train_tiny: Program) -> None
     assert written.fused
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, fused.state_dict()[name]), name
+    export.main(["run=outputs/tiny", "format=executorch"])  # which takes no weights in channels_last, as a run's are
+    assert Path("outputs/tiny/fused.pte").exists()
 
 
 MISTAKES = (
