@@ -6,6 +6,7 @@ a row without an image has label -1. Anything random was drawn by data.sampling;
 
 import io
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.plan import BatchPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget
@@ -71,9 +73,19 @@ class TorchLoader(DataLoader):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            self._forget_workers()
             raise UserError(
                 f"{error} (killed for memory? fewer data.workers or a smaller data.prefetch take less)"
             ) from None
+
+    def _forget_workers(self) -> None:
+        """Otherwise torch raises its error again, wherever the program is, when the next process of any kind ends."""
+        iterator: Any = self._iterator
+        if iterator._worker_pids_set:
+            _remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        iterator._shutdown_workers()
+        self._iterator = None
 
     def __len__(self) -> int:
         return self._route.batches

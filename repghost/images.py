@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
 from repghost.errors import UserError
@@ -72,8 +72,11 @@ def read_image(path: str) -> Image.Image:
     else:
         with open(path, "rb") as file:
             content = file.read()
-    with Image.open(io.BytesIO(content)) as image:
-        return to_rgb(image)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError:  # PIL's message names the buffer
+        raise UnidentifiedImageError("in no image format that PIL knows") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
