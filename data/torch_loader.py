@@ -84,7 +84,9 @@ class TorchLoader(DataLoader):
         if iterator._worker_pids_set:
             _remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
-        iterator._shutdown_workers()
+        iterator._shutdown = True  # its own way to end them may wait for a lock that the dead one held
+        for worker in iterator._workers:
+            worker.kill()
         self._iterator = None
 
     def __len__(self) -> int:
