@@ -19,7 +19,6 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.plan import BatchPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget
-from repghost.errors import UserError
 from repghost.images import to_rgb
 from repghost.signals import ignore_signals
 
@@ -71,12 +70,9 @@ class TorchLoader(DataLoader):
         try:
             yield from super().__iter__()
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self._forget_workers()
-            raise UserError(
-                f"{error} (killed for memory? fewer data.workers or a smaller data.prefetch take less)"
-            ) from None
+            if "DataLoader worker" in str(error):
+                self._forget_workers()
+            raise
 
     def _forget_workers(self) -> None:
         """Otherwise torch raises its error again, wherever the program is, when the next process of any kind ends."""

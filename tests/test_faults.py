@@ -36,6 +36,7 @@ from data.reader import BadImage
 from data.sampling import Partition
 from data.torch_loader import TorchLoader
 from data.write_shards import main as write_shards
+from repghost.cli import user_message
 from repghost.errors import UserError
 
 LOADERS = {"torch": TorchLoader, **({"dali": DaliLoader} if dali_installed() else {})}
@@ -612,9 +613,11 @@ def test_a_killed_worker_ends_the_epoch_with_its_cause(shards: Path, tmp_path: P
     loader = training(TorchLoader, load_index(shards, "train", tmp_path), skip_bad=0, rows=1, workers=2)
     batches = iter(loader)
     next(batches)
-    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"DataLoader worker \(pid.*(killed by signal: Killed|exited unexpectedly)"):
+    said = r"DataLoader worker \(pid.*(killed by signal: Killed|exited unexpectedly)"
+    with pytest.raises(RuntimeError, match=said) as error:
+        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
         list(batches)
+    assert "fewer data.workers" in str(user_message(error.value)).lower()
 
 
 # --- sources of write_shards --------------------------------------------------------------------------------------
