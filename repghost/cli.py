@@ -96,7 +96,8 @@ def user_message(error: BaseException) -> str | None:
             return f"{where}: {link.strerror}: free some space and start again; nothing is half written"
         if isinstance(link, RuntimeError) and str(link).startswith("DataLoader worker (pid"):
             # Raised by torch's handler of a signal, wherever the program is.
-            return f"{_first_line(link)} Killed for memory? Fewer data.workers or a smaller data.prefetch take less"
+            what = _first_line(link).rstrip(". ")
+            return f"{what} (killed for memory? fewer data.workers or a smaller data.prefetch take less)"
         if isinstance(link, MissingMandatoryValue):
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if isinstance(error, HydraException | OmegaConfBaseException):

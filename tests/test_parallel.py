@@ -43,9 +43,10 @@ def test_a_killed_worker_ends_the_run():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failing_task_ends_the_run(workers):
+    before = set(multiprocessing.active_children())  # of other tests
     with pytest.raises(UserError, match="task 0 failed"):
         list(run_parallel(_fail, range(4), workers))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
