@@ -73,6 +73,9 @@ class TorchLoader(DataLoader):
             if "DataLoader worker" in str(error):
                 self._forget_workers()
             raise
+        except (ConnectionError, EOFError):
+            self._forget_workers()
+            raise RuntimeError("DataLoader worker (pid unknown) was killed while it handed a batch over") from None
 
     def _forget_workers(self) -> None:
         """Otherwise torch raises its error again, wherever the program is, when the next process of any kind ends."""

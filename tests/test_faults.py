@@ -613,7 +613,7 @@ def test_a_killed_worker_ends_the_epoch_with_its_cause(shards: Path, tmp_path: P
     loader = training(TorchLoader, load_index(shards, "train", tmp_path), skip_bad=0, rows=1, workers=2)
     batches = iter(loader)
     next(batches)
-    said = r"DataLoader worker \(pid.*(killed by signal: Killed|exited unexpectedly)"
+    said = r"DataLoader worker \(pid.*(killed|exited unexpectedly)"
     with pytest.raises(RuntimeError, match=said) as error:
         os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
         list(batches)
