@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from repghost.errors import UserError
-from repghost.images import EXTENSIONS, image_files, read_image
+from repghost.images import EXTENSIONS, image_files, read_image, to_rgb
 
 
 def photographs(source: str | Path, count: int) -> list[Image.Image]:
@@ -73,6 +73,6 @@ def _read(file: str | io.BytesIO, name: str) -> Image.Image:
         if isinstance(file, str):
             return read_image(file)
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: cannot be read as an image ({error})") from None
