@@ -1,4 +1,7 @@
-"""Runs of train.py in processes of their own, as users, job managers and the kernel see them; what they trained on."""
+"""Runs of train.py in processes of their own, as users, job managers and the kernel see them; what they trained on.
+
+And a power cut for a run in this process.
+"""
 
 import os
 import signal
@@ -107,3 +110,19 @@ def stopped_at(run: Path) -> tuple[int, int]:
     """(epoch, images of it) that the checkpoint of a run stands at."""
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     return checkpoint["epoch"], int(checkpoint["train_sums"][:, 1].sum())
+
+
+class PowerCut(BaseException):
+    """Nothing may catch it, as nothing can catch SIGKILL."""
+
+
+def cut_after(patched: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    """Ends a run in this process with PowerCut right after the step of this batch."""
+    step = ImageClassifier.optimizer_step
+
+    def cut(self: ImageClassifier, at_epoch: int, at_batch: int, *arguments: Any) -> None:
+        step(self, at_epoch, at_batch, *arguments)
+        if (at_epoch, at_batch) == (epoch, batch):
+            raise PowerCut
+
+    patched.setattr(ImageClassifier, "optimizer_step", cut)

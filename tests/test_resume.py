@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import train_in
-from runs import StartTrain, images_trained_on, processes, stopped_at
+from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from repghost import run as run_module
@@ -22,10 +22,6 @@ ROOT = Path(__file__).parents[1]
 # The first epoch is the best one: a copy of it that was not made would be missed.
 FIRST_IS_BEST = ["seed=3", "recipe.learning_rate=1.0", "recipe.ema_span=0.1"]
 Program = Callable[..., int]
-
-
-class PowerCut(BaseException):
-    """Nothing may catch it, as nothing can catch SIGKILL."""
 
 
 @pytest.fixture(scope="module")

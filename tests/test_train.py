@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from images import make_class_folders, make_images
+from runs import PowerCut, cut_after
 
 from data.write_shards import write_folder
 from repghost.model import repghostnet
@@ -69,23 +70,11 @@ def test_one_command_trains_averages_fuses_and_evaluates(
 
 
 def test_a_run_that_was_cut_is_resumed_to_the_same_bits(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repghost.classifier import ImageClassifier
-
     assert train_tiny("name=whole") == 0
-
-    class PowerCut(BaseException):
-        pass
-
-    step = ImageClassifier.optimizer_step
-
-    def cut(self: ImageClassifier, epoch: int, batch_idx: int, *arguments: object) -> None:
-        step(self, epoch, batch_idx, *arguments)  # type: ignore[arg-type]
-        if (epoch, batch_idx) == (1, 2):
-            raise PowerCut
 
     # checkpoint.minutes: a checkpoint after every step
     with monkeypatch.context() as patched, pytest.raises(PowerCut):
-        patched.setattr(ImageClassifier, "optimizer_step", cut)
+        cut_after(patched, epoch=1, batch=2)
         train_tiny("name=cut", "checkpoint.minutes=1e-6")
     saved = torch.load("outputs/cut/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 5 + 2 and len(saved["history"]) == 1

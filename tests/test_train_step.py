@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import PowerCut, cut_after
 from test_classifier import RECIPE
 from torch._dynamo.utils import counters
 
@@ -157,21 +158,11 @@ def test_the_compiled_augmentation_has_the_same_bits() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_to_the_same_bits(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    class PowerCut(BaseException):
-        pass
-
-    step = ImageClassifier.optimizer_step
-
-    def cut(self: ImageClassifier, epoch: int, batch_idx: int, *arguments: object) -> None:
-        step(self, epoch, batch_idx, *arguments)  # type: ignore[arg-type]
-        if (epoch, batch_idx) == (1, 2):
-            raise PowerCut
-
     options = ("compile=true", f"data.cache={Path.cwd()}/cache")
     assert train_tiny("name=whole", *options) == 0
     assert any(Path("cache/compiled").iterdir())
     with monkeypatch.context() as patched, pytest.raises(PowerCut):
-        patched.setattr(ImageClassifier, "optimizer_step", cut)
+        cut_after(patched, epoch=1, batch=2)
         train_tiny("name=cut", "checkpoint.minutes=1e-6", *options)
     assert train_tiny("name=cut", *options) == 0
     for file in ("metrics.csv", "model.safetensors"):
