@@ -47,12 +47,12 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.corpus import TRAIN, corpus
+from data.crops import TrainPlan
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
-from data.plan import TrainPlan
-from data.reader import ShardReader
+from data.reader import ShardReader, decode, resize
 from data.sampling import Partition
-from data.torch_loader import PlannedBatches, TorchLoader, decode, resize
+from data.torch_loader import PlannedBatches, TorchLoader
 from data.write_shards import write_folder
 from repghost.recipe import resolve_recipe
 

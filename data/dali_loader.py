@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.plan import BatchPlan, EvaluationPlan, Plan
-from data.reader import BadImage, ShardReader, SkipBudget
-from data.torch_loader import Batch, Position, decode, jpeg_components, resize
+from data.crops import BatchPlan, EvaluationPlan, Plan
+from data.reader import BadImage, ShardReader, SkipBudget, decode, jpeg_components, resize
+from data.torch_loader import Batch, Position
 from repghost.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data.augment import Augment
+from data.crops import EvaluationPlan, Plan, TrainPlan
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
-from data.plan import EvaluationPlan, Plan, TrainPlan
 from data.reader import allow_open_files
 from data.remote import is_url, stage
 from data.sampling import Partition, epoch_order

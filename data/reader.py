@@ -3,6 +3,7 @@
 A checksum is the only thing that finds flipped bytes; every decoder passes over them in silence.
 """
 
+import io
 import logging
 import os
 import resource
@@ -10,8 +11,17 @@ import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from data.crops import BatchPlan
 from data.index import Index
 from repghost.errors import UserError
+from repghost.images import to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -82,3 +92,35 @@ class SkipBudget:
                 raise BadImage(f"{error} (data.skip_budget allows {self._images} bad image(s) per epoch)")
             self._left -= 1
             log.warning("skipped: %s", error)
+
+
+def resize(window: Tensor, plan: BatchPlan, row: int, image_size: int) -> Tensor:
+    """uint8 [3, S, S] of the window uint8 [3, h, w] that `plan` cuts for a row: resized, and its centre cut out."""
+    mode = "bicubic" if plan.bicubic[row] else "bilinear"
+    resized = interpolate(window.unsqueeze(0), plan.resized[row].tolist(), mode=mode, antialias=True)
+    top, left = plan.corners[row].tolist()
+    return resized[0, :, top : top + image_size, left : left + image_size]
+
+
+def decode(content: bytes) -> Tensor:
+    """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied; 16 bits are scaled to 8.
+
+    torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
+    CMYK in its own way; those go through PIL itself.
+    """
+    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
+        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def jpeg_components(content: bytes) -> int:
+    """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
+    at = 2
+    while at + 9 < len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return content[at + 9]
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return 0

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data.index import TAR_DAMAGE, check_tar_end
 from data.parallel import available_cpus, run_parallel
+from data.tars import TAR_DAMAGE, check_tar_end
 from repghost.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -4,22 +4,17 @@ A batch is (uint8 images [N, 3, S, S], int64 labels [N], int64 positions [N], fl
 a row without an image has label -1. Anything random was drawn by data.sampling; nothing here keeps state.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from data.plan import BatchPlan, Plan
-from data.reader import BadImage, ShardReader, SkipBudget
-from repghost.images import to_rgb
+from data.crops import BatchPlan, Plan
+from data.reader import BadImage, ShardReader, SkipBudget, decode, resize
 from repghost.signals import ignore_signals
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -141,35 +136,3 @@ class PlannedBatches(Dataset):
             raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
         top, left, height, width = plan.windows[row].tolist()
         return resize(image[:, top : top + height, left : left + width], plan, row, self._image_size)
-
-
-def resize(window: Tensor, plan: BatchPlan, row: int, image_size: int) -> Tensor:
-    """uint8 [3, S, S] of the window uint8 [3, h, w] that `plan` cuts for a row: resized, and its centre cut out."""
-    mode = "bicubic" if plan.bicubic[row] else "bilinear"
-    resized = interpolate(window.unsqueeze(0), plan.resized[row].tolist(), mode=mode, antialias=True)
-    top, left = plan.corners[row].tolist()
-    return resized[0, :, top : top + image_size, left : left + image_size]
-
-
-def decode(content: bytes) -> Tensor:
-    """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied; 16 bits are scaled to 8.
-
-    torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
-    CMYK in its own way; those go through PIL itself.
-    """
-    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
-    with Image.open(io.BytesIO(content)) as image:
-        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-
-
-def jpeg_components(content: bytes) -> int:
-    """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
-    at = 2
-    while at + 9 < len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return content[at + 9]
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return 0

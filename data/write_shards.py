@@ -30,10 +30,11 @@ from filelock import FileLock, Timeout
 from numpy.random import Philox
 from tqdm import tqdm
 
-from data.index import FORMAT, SAMPLE, file_sha256, run_command
+from data.index import FORMAT, file_sha256, run_command
 from data.parallel import available_cpus, run_parallel
 from data.shard import Options, Shard, Task, finished_shard, write_shard
 from data.sources import SPLITS, Listing, Source, list_archives, list_folder, list_kaggle, list_parquet
+from data.tars import SAMPLE
 from repghost.atomic import TEMPORARY, atomic_write, write_text
 from repghost.errors import UserError
 

@@ -23,7 +23,7 @@ from repghost.model import WIDTHS, RepGhostNet
 from repghost.run import load_run, read_config
 from repghost.weights import WEIGHTS_FILE, save_weights
 
-# timm's names of what data.augment normalizes with and data.plan resizes with.
+# timm's names of what data.augment normalizes with and data.crops resizes with.
 _PREPROCESSING = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic"}
 
 _CARD = """---

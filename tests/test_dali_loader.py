@@ -17,9 +17,9 @@ from PIL import Image
 from test_loader import variants
 from webdataset import TarWriter
 
+from data.crops import EvaluationPlan, Plan, TrainPlan
 from data.dali_loader import DaliLoader, _Source, dali_installed, dali_resize
 from data.index import Index, load_index
-from data.plan import EvaluationPlan, Plan, TrainPlan
 from data.reader import ShardReader
 from data.sampling import Partition
 from data.torch_loader import Batch, TorchLoader

@@ -29,11 +29,12 @@ import torch
 from images import encoded, make_images, patch
 from PIL import Image
 
+from data.crops import EvaluationPlan, TrainPlan
 from data.dali_loader import DaliLoader, dali_installed
-from data.index import Index, load_index, scan_shard
-from data.plan import EvaluationPlan, TrainPlan
+from data.index import Index, load_index
 from data.reader import BadImage
 from data.sampling import Partition
+from data.tars import scan_shard
 from data.torch_loader import TorchLoader
 from data.write_shards import main as write_shards
 from repghost.cli import user_message

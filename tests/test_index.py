@@ -14,7 +14,8 @@ import pytest
 from images import encoded, make_images, patch
 from PIL import Image
 
-from data.index import SAMPLE, Index, load_index, main, member_name
+from data.index import Index, load_index, main
+from data.tars import SAMPLE, member_name
 from data.write_shards import write_folder
 from repghost.errors import UserError
 

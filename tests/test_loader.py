@@ -9,11 +9,11 @@ import torch
 from images import encoded, patch
 from PIL import Image
 
+from data.crops import EvaluationPlan, TrainPlan
 from data.index import Index, load_index
-from data.plan import EvaluationPlan, TrainPlan
-from data.reader import BadImage, ShardReader
+from data.reader import BadImage, ShardReader, decode
 from data.sampling import DRAWS, Partition
-from data.torch_loader import TorchLoader, decode
+from data.torch_loader import TorchLoader
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

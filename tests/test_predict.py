@@ -18,8 +18,8 @@ from images import patch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from data.plan import EvaluationPlan
-from data.torch_loader import resize
+from data.crops import EvaluationPlan
+from data.reader import resize
 from repghost import predict, repghostnet
 from repghost.class_names import class_names_of, write_class_names
 from repghost.errors import UserError

@@ -9,15 +9,8 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from data.sampling import (
-    DRAWS,
-    Partition,
-    crop_windows,
-    epoch_order,
-    evaluation_sizes,
-    interpolations,
-    uniforms,
-)
+from data.crops import crop_windows, evaluation_sizes, interpolations
+from data.sampling import DRAWS, Partition, epoch_order, uniforms
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

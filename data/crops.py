@@ -8,12 +8,15 @@ import numpy as np
 from data.index import Index
 from data.sampling import (
     BICUBIC,
+    BILINEAR,
+    CROP,
+    CROP_ATTEMPTS,
+    CROP_LEFT,
+    CROP_TOP,
     DRAWS,
+    INTERPOLATION,
     Partition,
-    crop_windows,
     epoch_order,
-    evaluation_sizes,
-    interpolations,
     uniforms,
 )
 
@@ -112,3 +115,52 @@ class EvaluationPlan:
 
 
 Plan = TrainPlan | EvaluationPlan
+
+
+def crop_windows(
+    draws: np.ndarray, height: np.ndarray, width: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """int64 [N, 4] of (top, left, height, width): torchvision's RandomResizedCrop.get_params from given draws.
+
+    Ten attempts at an area uniform in `scale` and an aspect log-uniform in `ratio`; the first that fits is placed
+    uniformly; if none fits, the largest central window within `ratio`. draws: float32 [N, DRAWS]; height and width:
+    [N] pixels.
+    """
+    height, width = height.astype(np.int64), width.astype(np.int64)
+    attempts = draws[:, CROP].astype(np.float64).reshape(-1, CROP_ATTEMPTS, 2)
+    area = (scale[0] + (scale[1] - scale[0]) * attempts[..., 0]) * (height * width)[:, None]
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * attempts[..., 1])
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    rows, first = np.arange(len(draws)), fits.argmax(axis=1)
+    h, w = h[rows, first], w[rows, first]
+    top = np.floor(draws[:, CROP_TOP].astype(np.float64) * (height - h + 1)).astype(np.int64)
+    left = np.floor(draws[:, CROP_LEFT].astype(np.float64) * (width - w + 1)).astype(np.int64)
+    windows = np.stack([top, left, h, w], axis=1)
+
+    none_fits = ~fits.any(axis=1)
+    if none_fits.any():
+        windows[none_fits] = _central_windows(height[none_fits], width[none_fits], ratio)
+    return windows
+
+
+def _central_windows(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """int64 [N, 4]: the largest centred window whose aspect lies within `ratio` (torchvision's fallback)."""
+    h = np.where(width / height < ratio[0], np.minimum(np.rint(width / ratio[0]), height), height).astype(np.int64)
+    w = np.where(width / height > ratio[1], np.minimum(np.rint(height * ratio[1]), width), width).astype(np.int64)
+    h, w = np.maximum(h, 1), np.maximum(w, 1)
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
+
+
+def interpolations(draws: np.ndarray) -> np.ndarray:
+    """int64 [N]: BILINEAR or BICUBIC, each with probability 1/2 (timm's `interpolation="random"`)."""
+    return np.where(draws[:, INTERPOLATION] < 0.5, BILINEAR, BICUBIC)
+
+
+def evaluation_sizes(height: np.ndarray, width: np.ndarray, shorter: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N], int64 [N]: height and width once the shorter side is `shorter` (torchvision's Resize, floored)."""
+    height, width = height.astype(np.int64), width.astype(np.int64)
+    least = np.minimum(height, width)
+    return height * shorter // least, width * shorter // least
