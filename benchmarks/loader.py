@@ -53,7 +53,7 @@ from data.index import Index, load_index
 from data.reader import ShardReader, decode, resize
 from data.sampling import Partition
 from data.torch_loader import PlannedBatches, TorchLoader
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 from repghost.recipe import resolve_recipe
 
 ROOT = Path(__file__).parents[1]

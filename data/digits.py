@@ -12,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 
 VALIDATION_EVERY = 6
 PIXELS = 32

@@ -13,7 +13,7 @@ from images import make_images
 
 import evaluate
 import train
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 
 # Two threads that wait for each other while something else runs are far slower than one.
 torch.set_num_threads(1)

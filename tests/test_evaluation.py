@@ -18,7 +18,7 @@ from test_distributed import launch
 from timm.data.real_labels import RealLabelsImagenet
 from webdataset import TarWriter
 
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 from repghost import repghostnet
 from repghost.errors import UserError
 from repghost.evaluation import interval

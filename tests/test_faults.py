@@ -36,7 +36,7 @@ from data.reader import BadImage
 from data.sampling import Partition
 from data.tars import scan_shard
 from data.torch_loader import TorchLoader
-from data.write_shards import main as write_shards
+from data.write_shards.__main__ import main as write_shards
 from repghost.cli import user_message
 from repghost.errors import UserError
 

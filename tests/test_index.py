@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.index import Index, load_index, main
 from data.tars import SAMPLE, member_name
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 from repghost.errors import UserError
 
 

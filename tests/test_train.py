@@ -11,7 +11,7 @@ import yaml
 from images import make_class_folders, make_images
 from runs import PowerCut, cut_after
 
-from data.write_shards import write_folder
+from data.write_shards.write import write_folder
 from repghost.model import repghostnet
 from repghost.weights import read_weights
 
@@ -172,7 +172,7 @@ def test_data_root_must_be_given(run: Program, capsys: pytest.CaptureFixture[str
 
 
 def test_one_class_only(tmp_path: Path, train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    from data.write_shards import main
+    from data.write_shards.__main__ import main
 
     make_class_folders(tmp_path / "one" / "train", ("cat",))
     make_class_folders(tmp_path / "one" / "val", ("cat",))

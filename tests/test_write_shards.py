@@ -24,8 +24,12 @@ from scipy.io import savemat
 
 from data.digits import prepare_digits
 from data.index import load_index
-from data.sources import list_archives, list_folder, list_kaggle, list_parquet
-from data.write_shards import main, write_folder, write_shards
+from data.write_shards.__main__ import main
+from data.write_shards.archives import list_archives
+from data.write_shards.folder import list_folder
+from data.write_shards.kaggle import list_kaggle
+from data.write_shards.parquet import list_parquet
+from data.write_shards.write import write_folder, write_shards
 from repghost.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from webdataset import TarWriter
 
 from data.index import file_sha256
 from data.parallel import check_stop
-from data.sources import open_parquet
 from data.tars import DecodeError, open_image, scan_shard
+from data.write_shards.parquet import open_parquet
 from repghost.atomic import atomic_write
 from repghost.errors import UserError
 from repghost.images import to_rgb

@@ -1,0 +1,1 @@
+"""Images to shards: python -m data.write_shards FORMAT SRC... OUT"""
