@@ -12,13 +12,14 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repghost.cli import command, say
-from repghost.errors import UserError
-from repghost.exported import evaluate_exported, is_exported, open_exported, summary
-from repghost.imagenet import published_accuracy
+from repghost.errors import UserError, say
+from repghost.evaluation import evaluate_exported, evaluate_model, evaluate_selection, summary, table, write_evaluation
+from repghost.exported import is_exported, open_exported
+from repghost.launch import command
 from repghost.progress import SpeedBar
+from repghost.reference import published_accuracy
 from repghost.results import append_result
-from repghost.run import data_name, evaluate_model, evaluate_selection, resolved_for_evaluation, table, write_evaluation
+from repghost.run import data_name, resolved_for_evaluation
 from repghost.weights import load_model
 
 

@@ -17,14 +17,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
-from repghost.class_names import write_class_names
-from repghost.cli import command
 from repghost.compiling import compiles, keep_compiled
-from repghost.official import official_curve
+from repghost.evaluation import evaluate_run
+from repghost.launch import command
 from repghost.profiling import StepProfiler
 from repghost.progress import RunFiles, SpeedBar
 from repghost.ranks import ranks_end_together
-from repghost.run import describe, evaluate_run, is_finished, make_logger, open_run
+from repghost.reference import official_curve
+from repghost.run import describe, is_finished, make_logger, open_run, write_class_names
 from repghost.weights import start_from
 
 

@@ -47,10 +47,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from repghost import WIDTHS, RepGhostNet, reparameterize, repghostnet
-from repghost.atomic import write_text
 from repghost.deploy import Deployable, Deployment, quiet, write_executorch, write_onnx
 from repghost.errors import UserError
-from repghost.figures import draw_accuracy, peers, read_latency
+from repghost.figures import draw_accuracy, read_latency
+from repghost.files import write_text
+from repghost.reference import peers
 from repghost.results import read_results
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.index import run_command
 from data.rand_augment import RandAugment, blend, channels, grey, mean_grey
 from data.sampling import (
     ERASE,
@@ -30,7 +29,7 @@ from data.sampling import (
     JITTER,
     JITTER_ORDER,
 )
-from repghost.errors import UserError
+from repghost.errors import UserError, run_command
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with

@@ -18,7 +18,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from data.parallel import available_cpus, check_stop, run_parallel
 from data.tars import SAMPLE, DecodeError, member_name, open_image, printable, scan_shard
-from repghost.atomic import atomic_write
-from repghost.errors import UserError
+from repghost.errors import UserError, run_command
+from repghost.files import atomic_write, file_sha256
 
 FORMAT = 1
 DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
@@ -67,11 +67,6 @@ class Index:
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         digest.update(np.ascontiguousarray(self.samples).view(np.uint8).data)
         return digest.hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_index(
@@ -352,18 +347,6 @@ def _main(options: argparse.Namespace) -> int:
     if options.verify:
         print(f"{len(damaged)} damaged" if damaged else "every image is well")
     return 1 if damaged else 0
-
-
-def run_command(command: Callable[[], int]) -> int:
-    """Runs a command-line program; what its user can mend becomes one line on stderr and exit code 2."""
-    try:
-        return command()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

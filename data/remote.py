@@ -28,9 +28,9 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from data.index import file_sha256, parse_manifest, split_entry
-from repghost.atomic import atomic_write
+from data.index import parse_manifest, split_entry
 from repghost.errors import UserError
+from repghost.files import atomic_write, file_sha256
 
 _PARTS = "parts"  # folder of unfinished files and of locks
 _TEMPORARY_REFUSALS = (408, 425, 429)  # HTTP: time-out, too early, too many requests; all other 4xx are final

@@ -10,11 +10,8 @@ writes), and they are read with `weights_only=True`, so that nothing in them is 
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
-import pickle
 import shutil
-import tarfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +24,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from repghost.atomic import atomic_write, remove_leftovers
 from repghost.classifier import ImageClassifier
 from repghost.errors import UserError
+from repghost.files import atomic_write, remove_leftovers
 from repghost.signals import GO_ON, SAVE, STOP, Agreement, StopSignals, replace_lightnings_handling
+from repghost.weights import damage, read_checkpoint
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
@@ -58,37 +56,6 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str | Path) -> Any:
-    """The content of a file written by `torch.save`, on the CPU, without executing anything in it.
-
-    Raises UserError for a damaged file, and for one that holds more than tensors and plain values.
-    """
-    path = Path(path)
-    try:
-        if zipfile.is_zipfile(path) and (problem := damage(path)):
-            raise UserError(f"{path}: damaged ({problem})")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (
-        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-        tarfile.TarError,
-    ) as error:  # fmt: skip
-        raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_sentence(error)})") from None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with the file of a checkpoint, None when every record has its checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        return str(error)
-    return f"record {record} has a wrong checksum" if record else None
 
 
 def describe(content: Any) -> str:
@@ -241,7 +208,3 @@ def _require_one_resume_point(trainer: pl.Trainer) -> None:
                 f"the ranks resumed at different steps, {-steps[1]} to {steps[0]}: "
                 "do all machines see the same output folder?"
             )
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

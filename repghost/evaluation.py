@@ -7,6 +7,7 @@ confused most) and `predictions` (the five likeliest classes of every image). Ch
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,13 +18,17 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from repghost.atomic import write_text
 from repghost.classifier import Batch
-from repghost.errors import UserError
-from repghost.imagenet import ScoredLabels, image_keys
+from repghost.errors import UserError, say
+from repghost.exported import ExportedModel
+from repghost.files import write_text
 from repghost.metrics import scores
-from repghost.model import RepGhostNet
+from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
 from repghost.reparameterize import reparameterize
+from repghost.results import append_result
+from repghost.run import SELECTIONS, data_name, load_run, read_config
+from repghost.test_sets import ScoredLabels, image_keys, scored_labels
+from repghost.weights import save_weights
 
 REPORTS = ("classes", "predictions")
 CONFUSED_PAIRS = 100  # rows of confusions.csv
@@ -212,3 +217,129 @@ def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, text.getvalue())
     return path
+
+
+def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path) -> None:
+    """Evaluates the averaged weights of the last and of the best epoch, writes them and prints the table."""
+    config = read_config(directory)
+    evaluations = {
+        selection: evaluate_selection(directory, selection, trainer, data, config.image_size)
+        | {"crop_fraction": config.data.crop_fraction, "precision": "32-true"}  # whatever the training's was
+        for selection in SELECTIONS
+    }
+    last = load_run(directory, "last")[0]
+    if trainer.is_global_zero:
+        save_weights(last, directory / "model.safetensors")
+        save_weights(reparameterize(last), directory / "model_fused.safetensors")
+        # The last epoch's comes last: its file says that the run is finished.
+        for evaluation in reversed(evaluations.values()):
+            if not _evaluation_file(
+                directory, evaluation
+            ).exists():  # a run that died between the two adds no row twice
+                append_result(results, directory.name, data_name(config), evaluation)
+                write_evaluation(directory, evaluation)
+    for selection, evaluation in evaluations.items():
+        say(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
+    trainer.strategy.barrier()
+
+
+def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
+    """Writes the evaluation of a run's last epoch as evaluation.json, that of its best as evaluation_best_ema.json."""
+    write_text(_evaluation_file(directory, evaluation), json.dumps(evaluation, indent=2) + "\n")
+
+
+def _evaluation_file(directory: Path, evaluation: dict[str, Any]) -> Path:
+    suffix = "" if evaluation["selection"] == "last" else f"_{evaluation['selection']}"
+    return directory / f"evaluation{suffix}.json"
+
+
+def evaluate_selection(
+    directory: Path, selection: str, trainer: pl.Trainer, data: Any, image_size: int, **options: Any
+) -> dict[str, Any]:
+    """The content of evaluation.json for the averaged weights of one epoch of a run; `options` of `evaluate_model`."""
+    model, epoch = load_run(directory, selection)
+    return {
+        **evaluate_model(model, trainer, data, model.width, image_size, **options),
+        "weights": "ema",
+        "epoch": epoch,
+        "selection": selection,
+    }
+
+
+def evaluate_model(
+    model: RepGhostNet,
+    trainer: pl.Trainer,
+    data: Any,
+    width: float,
+    image_size: int,
+    test_set: str | None = None,
+    real_labels: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Figures of a model and its fused twin over the validation images of `data`.
+
+    test_set, real_labels: what counts as right (see `repghost.test_sets`). `options` are those of `evaluate`.
+    """
+    scored = scored_labels(test_set, real_labels, data.index("val"), model.classifier.out_features)
+    return {
+        **evaluate(trainer, model, data, scored=scored, **options),
+        "width": float(width),
+        "params_m": count_parameters(model) / 1e6,
+        "macs_m": count_macs(model, image_size) / 1e6,
+        "image_size": image_size,
+    }
+
+
+def table(evaluation: dict[str, Any], title: str) -> str:
+    """The result for a person: unfused and fused side by side, with 95% intervals."""
+    fused = evaluation["fused"]
+    lines = [f"\n{title}, {evaluation['images']:,} images"]
+    for name, row in (("trained form", evaluation), ("fused", fused)):
+        shares = [
+            f"{label} {row[key]:6.2f}% [{row[f'{key}_interval'][0]:.2f}, {row[f'{key}_interval'][1]:.2f}]"
+            for label, key in (("Top-1", "top1"), ("Top-5", "top5"))
+        ]
+        lines.append(f"  {name:<13} {'   '.join(shares)}   loss {row['loss']:.4f}")
+    lines.append(
+        f"  fusing changes {fused['top1_flips']} Top-1, and the logits by at most {fused['max_rel_logit_diff']:.1e} of "
+        "the largest; in brackets: 95% intervals"
+    )
+    return "\n".join(lines)
+
+
+def evaluate_exported(
+    model: ExportedModel,
+    trainer: pl.Trainer,
+    data: Any,
+    test_set: str | None = None,
+    real_labels: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """As `repghost.run.evaluate_model`, for an exported file, which has no training form to differ from."""
+    facts = model.facts
+    scored = scored_labels(test_set, real_labels, data.index("val"), facts["num_classes"])
+    result = evaluate(trainer, model, data, scored=scored, **options)
+    result["fused"] |= {"top1_flips": None, "max_abs_logit_diff": None, "max_rel_logit_diff": None}
+    with torch.device("meta"):
+        network = repghostnet(facts["width"], facts["num_classes"], fused=True)
+    return {
+        **result,
+        "width": facts["width"],
+        "params_m": count_parameters(network) / 1e6,
+        "macs_m": count_macs(network, facts["image_size"]) / 1e6,
+        "image_size": facts["image_size"],
+        "precision": facts["precision"],
+    }
+
+
+def summary(evaluation: dict[str, Any], title: str) -> str:
+    """The result for a person, with 95% intervals, as `repghost.run.table`."""
+    shares = []
+    for label, key in (("Top-1", "top1"), ("Top-5", "top5")):
+        low, high = evaluation[f"{key}_interval"]
+        shares.append(f"{label} {evaluation[key]:6.2f}% [{low:.2f}, {high:.2f}]")
+    return (
+        f"\n{title}, {evaluation['images']:,} images\n"
+        f"  {evaluation['precision']:<13} {'   '.join(shares)}   loss {evaluation['loss']:.4f}\n"
+        "  an exported file is the fused network; in brackets: 95% intervals"
+    )

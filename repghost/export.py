@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 
 from repghost import deploy
-from repghost.atomic import TEMPORARY, atomic_write
 from repghost.deploy import Deployable, Deployment
 from repghost.errors import UserError
 from repghost.export_check import check_coreml, checked_inputs, compare, inputs_of, open_written, report_int8
 from repghost.exported import require
+from repghost.files import TEMPORARY, atomic_write
 from repghost.hub import export_hub
+from repghost.images import photographs, sample_photographs
 from repghost.model import RepGhostNet
-from repghost.photographs import photographs, sample_photographs
 from repghost.quantize import quantize_executorch, quantize_onnx
 from repghost.reparameterize import reparameterize
 from repghost.run import load_run, read_config

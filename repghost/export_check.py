@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repghost.atomic import write_text
 from repghost.deploy import Deployable, Deployment, coreml_operations, quiet
 from repghost.errors import UserError
 from repghost.exported import ExportedModel, open_executorch, open_onnx, open_torchscript
+from repghost.files import write_text
 from repghost.images import evaluation_transform
 from repghost.model import RepGhostNet
 from repghost.quantize import layer_losses, sqnr

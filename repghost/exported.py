@@ -11,16 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repghost.deploy import quiet
 from repghost.errors import UserError
-from repghost.evaluation import evaluate
-from repghost.imagenet import scored_labels
-from repghost.model import count_macs, count_parameters, repghostnet
 
 EVALUATED = (".onnx", ".pte")
 # What an exported file says of itself, in the order of their meaning: see `facts`.
@@ -137,41 +133,3 @@ def open_exported(path: str | Path, image_size: int, precision: str = "float32")
     model = opener(path, facts["batch"] or None)
     model.facts = facts
     return model
-
-
-def evaluate_exported(
-    model: ExportedModel,
-    trainer: pl.Trainer,
-    data: Any,
-    test_set: str | None = None,
-    real_labels: str | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """As `repghost.run.evaluate_model`, for an exported file, which has no training form to differ from."""
-    facts = model.facts
-    scored = scored_labels(test_set, real_labels, data.index("val"), facts["num_classes"])
-    result = evaluate(trainer, model, data, scored=scored, **options)
-    result["fused"] |= {"top1_flips": None, "max_abs_logit_diff": None, "max_rel_logit_diff": None}
-    with torch.device("meta"):
-        network = repghostnet(facts["width"], facts["num_classes"], fused=True)
-    return {
-        **result,
-        "width": facts["width"],
-        "params_m": count_parameters(network) / 1e6,
-        "macs_m": count_macs(network, facts["image_size"]) / 1e6,
-        "image_size": facts["image_size"],
-        "precision": facts["precision"],
-    }
-
-
-def summary(evaluation: dict[str, Any], title: str) -> str:
-    """The result for a person, with 95% intervals, as `repghost.run.table`."""
-    shares = []
-    for label, key in (("Top-1", "top1"), ("Top-5", "top5")):
-        low, high = evaluation[f"{key}_interval"]
-        shares.append(f"{label} {evaluation[key]:6.2f}% [{low:.2f}, {high:.2f}]")
-    return (
-        f"\n{title}, {evaluation['images']:,} images\n"
-        f"  {evaluation['precision']:<13} {'   '.join(shares)}   loss {evaluation['loss']:.4f}\n"
-        "  an exported file is the fused network; in brackets: 95% intervals"
-    )

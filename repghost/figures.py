@@ -17,18 +17,27 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
+
+from repghost.reference import peers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from repghost.atomic import atomic_write
 from repghost.errors import UserError
+from repghost.files import atomic_write
 from repghost.results import HEADER, paper_rows, read_results
+
+CURVE_PANELS = (
+    ("Top-1 (%)", {"val_top1": "raw", "ema_top1": "EMA"}),
+    ("loss", {"train_loss": "training", "val_loss": "validation, raw", "ema_loss": "validation, EMA"}),
+    ("learning rate", {"lr": "learning rate"}),
+)
+# What the official logs measured in the same way; their training loss is of the last batches of an epoch.
+OFFICIAL = ("val_top1", "ema_top1", "train_loss", "lr")
 
 # Column of peers.csv, and the axis.
 PANELS = {
@@ -44,12 +53,6 @@ STYLES = {
     "MobileNetV4": ("D", "-.", "0.45"),
     "MobileOne": ("P", (0, (5, 2, 1, 2, 1, 2)), "0.45"),
 }
-
-
-def peers() -> list[dict[str, str]]:
-    """The rows of reference/peers.csv: networks, their family and timm's published figures."""
-    with (files("repghost") / "reference" / "peers.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def read_latency(path: str | Path) -> list[dict[str, str]]:
@@ -156,6 +159,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*draw_accuracy(rows, options.data, options.out, latency), sep="\n")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def draw_curve(
+    history: Sequence[dict[str, float]], official: dict[int, dict[str, float]] | None, file: BinaryIO
+) -> None:
+    """Draws the rows of metrics.csv, and those of the official run where there is one, as PNG into `file`."""
+    figure, axes = plt.subplots(1, len(CURVE_PANELS), figsize=(15, 4), layout="constrained")
+    for axis, (label, lines) in zip(axes, CURVE_PANELS, strict=True):
+        for (column, name), style in zip(lines.items(), ("-", "--", ":"), strict=False):
+            (line,) = axis.plot([r["epoch"] + 1 for r in history], [r[column] for r in history], style, label=name)
+            if official and column in OFFICIAL:
+                rows = [row for row in official.values() if column in row]
+                epochs, values = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
+                axis.plot(epochs, values, style, color=line.get_color(), alpha=0.35, label=f"{name}, official")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from repghost.atomic import atomic_write, write_text
-from repghost.class_names import class_names_of
 from repghost.errors import UserError
+from repghost.files import atomic_write, write_text
 from repghost.model import WIDTHS, RepGhostNet
-from repghost.run import load_run, read_config
+from repghost.run import class_names_of, load_run, read_config
 from repghost.weights import WEIGHTS_FILE, save_weights
 
 # timm's names of what data.augment normalizes with and data.crops resizes with.

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repghost.atomic import write_text
+from repghost.files import write_text
 
 WANDB_ID = "wandb_id.txt"
 

@@ -38,12 +38,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from repghost.class_names import class_names_of, read_class_names
 from repghost.errors import UserError
-from repghost.imagenet import class_words
 from repghost.images import EXTENSIONS, evaluation_transform, image_files, is_url, read_image
 from repghost.model import RepGhostNet
+from repghost.reference import class_words
 from repghost.reparameterize import reparameterize
+from repghost.run import class_names_of, read_class_names
 from repghost.weights import load_model
 
 FORMATS = ("table", "jsonl", "pictures")

@@ -22,8 +22,8 @@ from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from repghost.atomic import write_text
-from repghost.cli import say
+from repghost.errors import say
+from repghost.files import write_text
 
 SKIPPED, CLOCKED, TRACED = 5, 10, 3  # steps, in this order
 REST = "rest of the loop"

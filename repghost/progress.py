@@ -1,7 +1,6 @@
 """What a run shows and leaves behind while it trains: a line per epoch, a bar, metrics.csv, timing.csv, curve.png."""
 
 import csv
-import io
 import sys
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repghost.atomic import atomic_write, write_text
 from repghost.classifier import ImageClassifier
-from repghost.curve import draw_curve
-from repghost.official import Row, standing
+from repghost.figures import draw_curve
+from repghost.files import atomic_write, rows_as_csv, write_text
+from repghost.reference import Row, standing
 
 TIMING = ("epoch", "train_seconds", "images_per_second", "validation_seconds")
 
@@ -92,12 +91,3 @@ class SpeedBar(TQDMProgressBar):
         if rate and isinstance(pl_module, ImageClassifier):
             shown["images/s"] = f"{rate * pl_module.images_per_batch:,.0f}"
         return shown
-
-
-def rows_as_csv(rows: list[dict[str, float]]) -> str:
-    """CSV text of rows that share their keys; floats in full, so that equal files mean equal runs."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from repghost.run import flat
 
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
 
@@ -44,10 +46,3 @@ def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> li
     if config.weights:
         found.append(f"starts from {config.weights}")
     return found
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of a nested config; an empty mapping keeps its key."""
-    if not OmegaConf.is_dict(config) or not config:
-        return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items_ex(resolve=True) for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -13,14 +13,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from repghost.atomic import write_text
 from repghost.errors import UserError
+from repghost.files import write_text
+from repghost.reference import published
 
 COLUMNS = (
     "date", "commit", "name", "data", "width", "weights", "selection", "epoch", "images", "top1", "top5", "loss",
@@ -82,12 +82,6 @@ def _add_columns(path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, new.getvalue())
-
-
-def published() -> list[dict[str, str]]:
-    """The rows of the paper's table, one a width, with the figures of the official logs."""
-    with (files("repghost") / "reference" / "paper.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 HEADER = (

@@ -1,6 +1,9 @@
 """The folder of a run: how it is named, opened again, described, and what evaluating it leaves there."""
 
 import json
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repghost.atomic import write_text
-from repghost.checkpoint import read_checkpoint
-from repghost.cli import say
-from repghost.errors import UserError
-from repghost.evaluation import evaluate
-from repghost.imagenet import scored_labels
+from repghost.errors import UserError, say
+from repghost.files import write_text
 from repghost.loggers import GuardedLogger
 from repghost.model import RepGhostNet, count_macs, count_parameters
-from repghost.naming import folder_of, run_name
-from repghost.recipe import deviations, flat, resolve_recipe
-from repghost.reparameterize import reparameterize
-from repghost.results import append_result
+from repghost.recipe import deviations, resolve_recipe
+from repghost.reference import class_words, synsets
 from repghost.schedule import linear_scale
-from repghost.weights import model_from_state, save_weights
+from repghost.weights import model_from_state, read_checkpoint
+
+_FILE = "classes.txt"
+
+# Overrides that change where and how fast a run happens, but not which run it is.
+_NOT_PART_OF_THE_NAME = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
+                         "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
+_NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 
@@ -149,77 +153,6 @@ def describe(
     )
 
 
-def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch, writes them and prints the table."""
-    config = read_config(directory)
-    evaluations = {
-        selection: evaluate_selection(directory, selection, trainer, data, config.image_size)
-        | {"crop_fraction": config.data.crop_fraction, "precision": "32-true"}  # whatever the training's was
-        for selection in SELECTIONS
-    }
-    last = load_run(directory, "last")[0]
-    if trainer.is_global_zero:
-        save_weights(last, directory / "model.safetensors")
-        save_weights(reparameterize(last), directory / "model_fused.safetensors")
-        # The last epoch's comes last: its file says that the run is finished.
-        for evaluation in reversed(evaluations.values()):
-            if not _evaluation_file(
-                directory, evaluation
-            ).exists():  # a run that died between the two adds no row twice
-                append_result(results, directory.name, data_name(config), evaluation)
-                write_evaluation(directory, evaluation)
-    for selection, evaluation in evaluations.items():
-        say(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
-    trainer.strategy.barrier()
-
-
-def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
-    """Writes the evaluation of a run's last epoch as evaluation.json, that of its best as evaluation_best_ema.json."""
-    write_text(_evaluation_file(directory, evaluation), json.dumps(evaluation, indent=2) + "\n")
-
-
-def _evaluation_file(directory: Path, evaluation: dict[str, Any]) -> Path:
-    suffix = "" if evaluation["selection"] == "last" else f"_{evaluation['selection']}"
-    return directory / f"evaluation{suffix}.json"
-
-
-def evaluate_selection(
-    directory: Path, selection: str, trainer: pl.Trainer, data: Any, image_size: int, **options: Any
-) -> dict[str, Any]:
-    """The content of evaluation.json for the averaged weights of one epoch of a run; `options` of `evaluate_model`."""
-    model, epoch = load_run(directory, selection)
-    return {
-        **evaluate_model(model, trainer, data, model.width, image_size, **options),
-        "weights": "ema",
-        "epoch": epoch,
-        "selection": selection,
-    }
-
-
-def evaluate_model(
-    model: RepGhostNet,
-    trainer: pl.Trainer,
-    data: Any,
-    width: float,
-    image_size: int,
-    test_set: str | None = None,
-    real_labels: str | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Figures of a model and its fused twin over the validation images of `data`.
-
-    test_set, real_labels: what counts as right (see `repghost.imagenet`). `options` are those of `evaluate`.
-    """
-    scored = scored_labels(test_set, real_labels, data.index("val"), model.classifier.out_features)
-    return {
-        **evaluate(trainer, model, data, scored=scored, **options),
-        "width": float(width),
-        "params_m": count_parameters(model) / 1e6,
-        "macs_m": count_macs(model, image_size) / 1e6,
-        "image_size": image_size,
-    }
-
-
 def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
     """The averaged model of a run's last or best epoch, and the number of that epoch, counted from 0."""
     if selection not in SELECTIONS:
@@ -238,22 +171,66 @@ def data_name(config: Any) -> str:
     return Path(root.rstrip("/")).name if isinstance(root, str) else root["_target_"].rpartition("_")[2]
 
 
-def table(evaluation: dict[str, Any], title: str) -> str:
-    """The result for a person: unfused and fused side by side, with 95% intervals."""
-    fused = evaluation["fused"]
-    lines = [f"\n{title}, {evaluation['images']:,} images"]
-    for name, row in (("trained form", evaluation), ("fused", fused)):
-        shares = [
-            f"{label} {row[key]:6.2f}% [{row[f'{key}_interval'][0]:.2f}, {row[f'{key}_interval'][1]:.2f}]"
-            for label, key in (("Top-1", "top1"), ("Top-5", "top5"))
-        ]
-        lines.append(f"  {name:<13} {'   '.join(shares)}   loss {row['loss']:.4f}")
-    lines.append(
-        f"  fusing changes {fused['top1_flips']} Top-1, and the logits by at most {fused['max_rel_logit_diff']:.1e} of "
-        "the largest; in brackets: 95% intervals"
-    )
-    return "\n".join(lines)
-
-
 def _starts_with(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of a nested config; an empty mapping keeps its key."""
+    if not OmegaConf.is_dict(config) or not config:
+        return {prefix.rstrip("."): config}
+    return {k: v for key, value in config.items_ex(resolve=True) for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def folder_of(config: DictConfig) -> Path:
+    """The folder of the run that a config of train.py or evaluate.py is about, under the HydraConfig that is set.
+
+    For evaluate.py with weights=FILE, which is no run, FILE without its ending.
+    """
+    if "output" in config:
+        return Path(config.output) / (config.name or run_name(config))
+    return Path(config.run) if config.run else Path(config.weights or "weights").with_suffix("")
+
+
+def top1(folder: Path) -> float | None:
+    """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
+    file = folder / "evaluation.json"
+    return float(json.loads(file.read_text())["top1"]) if file.exists() else None
+
+
+def run_name(config: DictConfig) -> str:
+    """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
+    hydra_config: Any = HydraConfig.get()
+    root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
+    width = f"{config.width:g}" if isinstance(config.width, int | float) else config.width
+    parts = [Path(root.rstrip("/")).name, str(config.recipe.name), f"w{width}", f"s{config.seed}"]
+    for override in sorted(hydra_config.overrides.task):
+        key, _, value = override.lstrip("+~").partition("=")
+        inside = any(key == k or key.startswith(f"{k}.") for k in _NOT_PART_OF_THE_NAME)
+        if key not in _NAMED_ALREADY and not inside:
+            parts.append(f"{key}_{value}")
+    # Nothing that a shell or Hydra's command line would take apart.
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_") for part in parts)
+
+
+@rank_zero_only
+def write_class_names(directory: Path, names: Sequence[str]) -> None:
+    """Writes the class names of the run in `directory`."""
+    write_text(directory / _FILE, "".join(f"{name}\n" for name in names))
+
+
+def class_names_of(directory: Path) -> list[str] | None:
+    """The class names of the run in `directory`; None, and a line on stderr, when it has none."""
+    if not (directory / _FILE).exists():
+        print(f"{directory / _FILE}: missing, showing numbers (class_names=FILE names them)", file=sys.stderr)
+        return None
+    of_imagenet = dict(zip(synsets(), class_words(), strict=True))
+    return [of_imagenet.get(name, name) for name in read_class_names(directory / _FILE)]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The names in a text file, a line each. Raises UserError for a file that cannot be read."""
+    try:
+        return [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no class names can be read from it ({error})") from None

@@ -9,9 +9,11 @@ Weights are in training or in fused form. Nothing in a file is executed. Check: 
 """
 
 import argparse
-import csv
-from importlib.resources import files
+import pickle
+import tarfile
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,10 +22,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from repghost.atomic import atomic_write
-from repghost.checkpoint import read_checkpoint
 from repghost.errors import UserError
+from repghost.files import atomic_write
 from repghost.model import WIDTHS, Reparam, RepGhostNet, repghostnet
+from repghost.reference import published_repository
 
 StateDict = dict[str, Tensor]
 
@@ -65,15 +67,6 @@ def read_weights(source: str | Path, width: float | None = None) -> StateDict:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: holds no state dict of a RepGhostNet")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def published_repository(width: float) -> str:
-    """timm's repository on the Hugging Face hub with the published weights of `width`."""
-    with (files("repghost") / "reference" / "paper.csv").open() as file:
-        names = {float(row["width"]): row["timm_name"] for row in csv.DictReader(file)}
-    if width not in names:
-        raise UserError(f"weights=timm: width={width:g} is not published, only {', '.join(f'{w:g}' for w in WIDTHS)}")
-    return f"timm/{names[width]}"
 
 
 def _path(source: str, width: float | None) -> Path:
@@ -192,3 +185,38 @@ def _width_of(state: StateDict) -> float | None:
         if all(tensor.shape == shapes.get(name) for name, tensor in state.items()):
             return width
     return None
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """The content of a file written by `torch.save`, on the CPU, without executing anything in it.
+
+    Raises UserError for a damaged file, and for one that holds more than tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        if zipfile.is_zipfile(path) and (problem := damage(path)):
+            raise UserError(f"{path}: damaged ({problem})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+        tarfile.TarError,
+    ) as error:  # fmt: skip
+        raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_sentence(error)})") from None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the file of a checkpoint, None when every record has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        return str(error)
+    return f"record {record} has a wrong checksum" if record else None
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

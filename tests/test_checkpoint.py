@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from repghost.atomic import DISK_FULL, atomic_write, remove_leftovers
-from repghost.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, read_checkpoint, resume_point
-from repghost.cli import user_message
-from repghost.errors import UserError
+from repghost.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, resume_point
+from repghost.errors import DISK_FULL, UserError
+from repghost.files import atomic_write, remove_leftovers
+from repghost.launch import user_message
 from repghost.run import read_config
-from repghost.weights import read_weights
+from repghost.weights import read_checkpoint, read_weights
 
 Program = Callable[..., int]
 

@@ -22,7 +22,8 @@ from data.write_shards.write import write_folder
 from repghost import repghostnet
 from repghost.errors import UserError
 from repghost.evaluation import interval
-from repghost.imagenet import class_columns, published_accuracy, synsets
+from repghost.reference import published_accuracy, synsets
+from repghost.test_sets import class_columns
 from repghost.weights import save_weights
 
 Program = Callable[..., int]

@@ -17,9 +17,8 @@ from test_evaluation import random_network, rows, validation_shards
 
 from repghost import export, export_check, reparameterize, repghostnet
 from repghost.deploy import Preprocess
-from repghost.images import evaluation_transform
+from repghost.images import evaluation_transform, sample_photographs
 from repghost.model import WIDTHS
-from repghost.photographs import sample_photographs
 from repghost.weights import load_model, save_weights
 
 Program = Callable[..., int]

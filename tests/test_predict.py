@@ -21,10 +21,10 @@ from timm.data import ImageNetInfo
 from data.crops import EvaluationPlan
 from data.reader import resize
 from repghost import predict, repghostnet
-from repghost.class_names import class_names_of, write_class_names
 from repghost.errors import UserError
-from repghost.imagenet import class_words, synsets
 from repghost.images import evaluation_transform, image_files, read_image
+from repghost.reference import class_words, synsets
+from repghost.run import class_names_of, write_class_names
 from repghost.weights import save_weights
 
 PHOTOS = {"astronaut": skimage.data.astronaut, "coffee": skimage.data.coffee, "rocket": skimage.data.rocket}

@@ -16,7 +16,7 @@ from test_evaluation import random_network
 
 from repghost import export, reparameterize
 from repghost.errors import UserError
-from repghost.photographs import photographs, sample_photographs
+from repghost.images import photographs, sample_photographs
 from repghost.quantize import layer_losses, sqnr
 
 

@@ -17,10 +17,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
 from repghost.classifier import ImageClassifier, smoothed_cross_entropy
-from repghost.curve import draw_curve
+from repghost.figures import draw_curve
 from repghost.model import WIDTHS, repghostnet
-from repghost.official import EPOCHS, IMAGENET, official_curve, standing
 from repghost.recipe import deviations, resolve_recipe
+from repghost.reference import EPOCHS, IMAGENET, official_curve, standing
 
 PAPER = OmegaConf.create((Path(__file__).parents[1] / "conf/recipe/paper.yaml").read_text())
 Program = Callable[..., int]

@@ -16,7 +16,8 @@ from helpers import photographs, randomize_batchnorm
 
 from repghost import reparameterize, repghostnet
 from repghost.errors import UserError
-from repghost.weights import load_model, published_repository, read_weights, save_weights, start_from
+from repghost.reference import published_repository
+from repghost.weights import load_model, read_weights, save_weights, start_from
 
 WIDTH = 0.5
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.index import run_command
 from data.parallel import available_cpus
 from data.write_shards.archives import list_archives
 from data.write_shards.folder import list_folder
@@ -13,6 +12,7 @@ from data.write_shards.kaggle import list_kaggle
 from data.write_shards.parquet import list_parquet
 from data.write_shards.source import SPLITS, Listing
 from data.write_shards.write import IMAGES_PER_SHARD, write_shards
+from repghost.errors import run_command
 
 
 def _natural(text: str) -> int:

@@ -19,12 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from data.index import file_sha256
 from data.parallel import check_stop
 from data.tars import DecodeError, open_image, scan_shard
 from data.write_shards.parquet import open_parquet
-from repghost.atomic import atomic_write
 from repghost.errors import UserError
+from repghost.files import atomic_write, file_sha256
 from repghost.images import to_rgb
 
 # What is stored byte for byte, by PIL's name of the format. MPO is a JPEG with further pictures behind it.

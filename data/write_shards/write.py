@@ -28,14 +28,14 @@ from filelock import FileLock, Timeout
 from numpy.random import Philox
 from tqdm import tqdm
 
-from data.index import FORMAT, file_sha256
+from data.index import FORMAT
 from data.parallel import available_cpus, run_parallel
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
 from data.write_shards.shard import Options, Shard, Task, finished_shard, write_shard
 from data.write_shards.source import SPLITS, Listing, Source
-from repghost.atomic import TEMPORARY, atomic_write, write_text
 from repghost.errors import UserError
+from repghost.files import TEMPORARY, atomic_write, file_sha256, write_text
 
 IMAGES_PER_SHARD = 1252  # ImageNet: 1,024 training shards of about 137 MB and 40 for validation
 IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}

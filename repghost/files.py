@@ -1,16 +1,17 @@
 """The one way a file of a run is written: whole or not at all."""
 
-import errno
+import csv
+import hashlib
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from repghost.errors import chain
+from repghost.errors import DISK_FULL, chain
 
 TEMPORARY = ".tmp"  # ending of files that are being written
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -59,3 +60,17 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rows_as_csv(rows: list[dict[str, float]]) -> str:
+    """CSV text of rows that share their keys; floats in full, so that equal files mean equal runs."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -17,11 +17,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repghost.atomic import DISK_FULL
-from repghost.errors import UserError
-from repghost.naming import folder_of, top1
+from repghost.errors import DISK_FULL, UserError, fail
+from repghost.run import folder_of, top1
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -69,18 +67,6 @@ def _mistakes_end_in_one_line() -> Iterator[None]:
         if line is None:
             raise
         sys.exit(fail(line))
-
-
-def fail(line: str) -> int:
-    """Prints the one line that a user gets and returns the exit code for it."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    return 2
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    """Prints for the person who started the program; on one rank only."""
-    print(text, flush=True)
 
 
 def user_message(error: BaseException) -> str | None:

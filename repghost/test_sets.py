@@ -6,33 +6,21 @@ validation image the set of labels that are right (arXiv 2006.07159): any of the
 Check: `pytest tests/test_evaluation.py`.
 """
 
-import csv
 import json
 import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.models import MobileNet_V2_Weights
 
 from repghost.errors import UserError
 from repghost.metrics import score_sums
-
-# The sets that conf/data has files for, and their columns in timm's published results.
-PUBLISHED = {
-    "imagenet_v2": "v2_matched",
-    "imagenet_real": "real",
-    "imagenet_a": "a",
-    "imagenet_r": "r",
-    "imagenet_sketch": "sketch",
-}
+from repghost.reference import PUBLISHED, synsets
 
 
 @dataclass(frozen=True)
@@ -94,18 +82,6 @@ def scored_labels(name: str | None, real_labels: str | Path | None, index: Any, 
     return ScoredLabels(columns=torch.tensor(class_columns(index.classes)))
 
 
-@cache
-def synsets() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1,000 classes in label order."""
-    return tuple((files("repghost") / "reference" / "imagenet_synsets.txt").read_text().split())
-
-
-@cache
-def class_words() -> tuple[str, ...]:
-    """The names of ImageNet's 1,000 classes in label order, all different: torchvision's list."""
-    return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
-
-
 def class_columns(classes: Sequence[str]) -> list[int]:
     """The label in ImageNet of every class, named by its WordNet id or by its number."""
     label_of = {name: label for label, name in enumerate(synsets())} | {str(n): n for n in range(len(synsets()))}
@@ -139,12 +115,3 @@ def _accepted(path: Path, index: Any, outputs: int) -> Tensor:
             raise UserError(f"{key}: not a name of an ImageNet validation image that {path} has labels for")
         accepted[row, labels[int(match[1]) - 1]] = True
     return accepted
-
-
-def published_accuracy(name: str, width: float) -> tuple[float, float] | None:
-    """Top-1 and Top-5 in percent that timm measured with the published weights of `width`; None for another width."""
-    with (files("repghost") / "reference" / "timm_results.csv").open() as file:
-        rows = {float(row["width"]): row for row in csv.DictReader(file)}
-    if width not in rows:
-        return None
-    return float(rows[width][f"{PUBLISHED[name]}_top1"]), float(rows[width][f"{PUBLISHED[name]}_top5"])
