@@ -16,10 +16,10 @@ from repghost.errors import UserError, say
 from repghost.evaluation import evaluate_exported, evaluate_model, evaluate_selection, summary, table, write_evaluation
 from repghost.exported import is_exported, open_exported
 from repghost.launch import command
-from repghost.progress import SpeedBar
 from repghost.reference import published_accuracy
 from repghost.results import append_result
 from repghost.run import data_name, resolved_for_evaluation
+from repghost.training.loggers import SpeedBar
 from repghost.weights import load_model
 
 

@@ -16,15 +16,16 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repghost.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
-from repghost.compiling import compiles, keep_compiled
 from repghost.evaluation import evaluate_run
 from repghost.launch import command
-from repghost.profiling import StepProfiler
-from repghost.progress import RunFiles, SpeedBar
-from repghost.ranks import ranks_end_together
 from repghost.reference import official_curve
-from repghost.run import describe, is_finished, make_logger, open_run, write_class_names
+from repghost.run import is_finished, open_run, write_class_names
+from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
+from repghost.training.loggers import RunFiles, SpeedBar, make_logger
+from repghost.training.profiler import StepProfiler
+from repghost.training.ranks import ranks_end_together
+from repghost.training.recipe import describe
+from repghost.training.trainer import compiles, keep_compiled
 from repghost.weights import start_from
 
 

@@ -19,7 +19,7 @@ from data.remote import is_url, stage
 from data.sampling import Partition, epoch_order
 from data.torch_loader import Batch, PlannedBatches, TorchLoader
 from repghost.errors import UserError, say
-from repghost.seeding import step_seed
+from repghost.training.classifier import step_seed
 
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 

@@ -15,7 +15,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import BatchPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget, decode, resize
-from repghost.signals import ignore_signals
+from repghost.training.signals import ignore_signals
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Position = Callable[[], tuple[int, int]]

@@ -18,7 +18,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from repghost.classifier import Batch
 from repghost.errors import UserError, say
 from repghost.exported import ExportedModel
 from repghost.files import write_text
@@ -28,6 +27,7 @@ from repghost.reparameterize import reparameterize
 from repghost.results import append_result
 from repghost.run import SELECTIONS, data_name, load_run, read_config
 from repghost.test_sets import ScoredLabels, image_keys, scored_labels
+from repghost.training.classifier import Batch
 from repghost.weights import save_weights
 
 REPORTS = ("classes", "predictions")

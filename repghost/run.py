@@ -7,22 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repghost.errors import UserError, say
+from repghost.errors import UserError
 from repghost.files import write_text
-from repghost.loggers import GuardedLogger
-from repghost.model import RepGhostNet, count_macs, count_parameters
-from repghost.recipe import deviations, resolve_recipe
+from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
-from repghost.schedule import linear_scale
+from repghost.training.recipe import resolve_recipe
 from repghost.weights import model_from_state, read_checkpoint
 
 _FILE = "classes.txt"
@@ -114,43 +109,6 @@ def require_numbers(config: DictConfig) -> None:
 def is_finished(directory: Path) -> bool:
     """Whether the run in `directory` was trained to its end and evaluated."""
     return (directory / "evaluation.json").exists()
-
-
-def make_logger(config: DictConfig | None, directory: Path) -> Logger | None:
-    """The logger of conf/logger beside the CSV files that every run writes; None for `logger=csv`."""
-    if not config:
-        return None
-    logger = instantiate(config, save_dir=str(directory.resolve()), name=directory.name)
-    return GuardedLogger(logger, directory / "config.yaml")
-
-
-def describe(
-    config: DictConfig, paper: Path, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
-) -> None:
-    """Prints what is about to be trained, on what, and in what it deviates from the recipe in the file `paper`."""
-    recipe, ranks = config.recipe, trainer.world_size
-    rate = linear_scale(
-        recipe.learning_rate, batch_size=config.batch_size, reference_batch_size=recipe.reference_batch_size
-    )
-    params, macs = count_parameters(model) / 1e6, count_macs(model, config.image_size) / 1e6
-    train, val = data.counts
-    differences = deviations(config, OmegaConf.load(paper), ranks, str(trainer.precision))
-    say(
-        f"run        {Path(config.output) / config.name}\n"
-        f"network    RepGhostNet {config.width:g}x, {params:.2f}M parameters, {macs:.1f}M multiply-accumulates "
-        f"at {config.image_size} pixels\n"
-        f"data       {train:,} training and {val:,} validation images in {data.num_classes} classes\n"
-        f"recipe     {recipe.name}: {config.epochs} epochs, global batch {config.batch_size} on {ranks} device(s), "
-        f"precision {trainer.precision}\n"
-        f"rate       {recipe.learning_rate:g} at batch {recipe.reference_batch_size}, scaled linearly to {rate:g} "
-        f"at batch {config.batch_size}\n"
-        f"paper      {f'{chr(10)}           '.join(differences) or 'as in the paper'}\n"
-        + (
-            "official   every epoch is compared with the official run of this width"
-            if official
-            else "official   no run to compare with: those are of the published widths, on ImageNet, for 300 epochs"
-        )
-    )
 
 
 def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from repghost.classifier import ImageClassifier
+from repghost.training.classifier import ImageClassifier
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from repghost.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, resume_point
 from repghost.errors import DISK_FULL, UserError
 from repghost.files import atomic_write, remove_leftovers
 from repghost.launch import user_message
 from repghost.run import read_config
+from repghost.training.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, resume_point
 from repghost.weights import read_checkpoint, read_weights
 
 Program = Callable[..., int]

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repghost.classifier import ImageClassifier, parameter_groups, smoothed_cross_entropy
 from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import repghostnet
+from repghost.training.classifier import ImageClassifier, parameter_groups, smoothed_cross_entropy
 
 RECIPE: dict[str, Any] = {
     "epochs": 300,

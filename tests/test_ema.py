@@ -4,8 +4,8 @@ import pytest
 import timm.utils
 import torch
 
-from repghost.ema import WeightAverage
 from repghost.model import repghostnet
+from repghost.training.ema import WeightAverage
 
 
 def test_equals_timm_over_parameters_and_buffers() -> None:

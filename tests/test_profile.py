@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repghost.profiling import CLOCKED, SKIPPED, STAGES, StepProfiler
+from repghost.training.profiler import CLOCKED, SKIPPED, STAGES, StepProfiler
 
 Program = Callable[..., int]
 

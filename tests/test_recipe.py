@@ -16,11 +16,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
-from repghost.classifier import ImageClassifier, smoothed_cross_entropy
 from repghost.figures import draw_curve
 from repghost.model import WIDTHS, repghostnet
-from repghost.recipe import deviations, resolve_recipe
 from repghost.reference import EPOCHS, IMAGENET, official_curve, standing
+from repghost.training.classifier import ImageClassifier, smoothed_cross_entropy
+from repghost.training.recipe import deviations, resolve_recipe
 
 PAPER = OmegaConf.create((Path(__file__).parents[1] / "conf/recipe/paper.yaml").read_text())
 Program = Callable[..., int]

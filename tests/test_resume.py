@@ -13,10 +13,10 @@ from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from repghost import run as run_module
-from repghost.checkpoint import Checkpoints
-from repghost.classifier import ImageClassifier
 from repghost.evaluation import Evaluation
-from repghost.progress import RunFiles
+from repghost.training.checkpoint import Checkpoints
+from repghost.training.classifier import ImageClassifier
+from repghost.training.loggers import RunFiles
 
 ROOT = Path(__file__).parents[1]
 # The first epoch is the best one: a copy of it that was not made would be missed.

@@ -13,7 +13,7 @@ from runs import Process, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from data.index import load_index
-from repghost.signals import SIGNALS, StopSignals
+from repghost.training.signals import SIGNALS, StopSignals
 
 Program = Callable[..., int]
 
@@ -44,7 +44,7 @@ def test_before_that_a_signal_ends_the_process_at_once() -> None:
 def test_a_process_that_does_not_answer_ends_all_the_same() -> None:
     script = """
 import os, signal, time
-from repghost.signals import StopSignals
+from repghost.training.signals import StopSignals
 for answers in (True, False):
     with StopSignals(exit_code=75, grace_seconds=0.2) as signals:
         signals.defer()

@@ -18,7 +18,7 @@ from conftest import TINY
 from test_distributed import ROOT
 
 from repghost.errors import UserError
-from repghost.trainer import make_trainer
+from repghost.training.trainer import make_trainer
 
 Program = Callable[..., int]
 
@@ -170,7 +170,7 @@ def test_slurm_without_srun_starts_its_own_ranks() -> None:
 
 
 def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repghost.classifier import ImageClassifier
+    from repghost.training.classifier import ImageClassifier
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     options = ("name=a", "logger=wandb", "logger.offline=true")

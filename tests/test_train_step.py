@@ -15,11 +15,11 @@ from test_classifier import RECIPE
 from torch._dynamo.utils import counters
 
 from benchmarks import scaling, simulate_ranks, train_step
-from repghost.classifier import ImageClassifier
-from repghost.compiling import compiles, keep_compiled
-from repghost.ema import WeightAverage
 from repghost.errors import UserError
 from repghost.model import repghostnet
+from repghost.training.classifier import ImageClassifier
+from repghost.training.ema import WeightAverage
+from repghost.training.trainer import compiles, keep_compiled
 
 Program = Callable[..., int]
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_freed_memory_is_found_again() -> None:
     """In a process of its own, as other tests leave their traces in the heap of this one."""
     script = """
 import resource, torch
-from repghost.trainer import keep_freed_memory
+from repghost.training.trainer import keep_freed_memory
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -27,9 +27,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import UserError
-from repghost.processes import started_outside
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
+from repghost.training.trainer import started_outside
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -1,10 +1,15 @@
 """What a recipe means for one width, and how far a run is from the paper's."""
 
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
 
+from repghost.errors import say
+from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat
+from repghost.training.schedule import linear_scale
 
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
 
@@ -46,3 +51,32 @@ def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> li
     if config.weights:
         found.append(f"starts from {config.weights}")
     return found
+
+
+def describe(
+    config: DictConfig, paper: Path, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
+) -> None:
+    """Prints what is about to be trained, on what, and in what it deviates from the recipe in the file `paper`."""
+    recipe, ranks = config.recipe, trainer.world_size
+    rate = linear_scale(
+        recipe.learning_rate, batch_size=config.batch_size, reference_batch_size=recipe.reference_batch_size
+    )
+    params, macs = count_parameters(model) / 1e6, count_macs(model, config.image_size) / 1e6
+    train, val = data.counts
+    differences = deviations(config, OmegaConf.load(paper), ranks, str(trainer.precision))
+    say(
+        f"run        {Path(config.output) / config.name}\n"
+        f"network    RepGhostNet {config.width:g}x, {params:.2f}M parameters, {macs:.1f}M multiply-accumulates "
+        f"at {config.image_size} pixels\n"
+        f"data       {train:,} training and {val:,} validation images in {data.num_classes} classes\n"
+        f"recipe     {recipe.name}: {config.epochs} epochs, global batch {config.batch_size} on {ranks} device(s), "
+        f"precision {trainer.precision}\n"
+        f"rate       {recipe.learning_rate:g} at batch {recipe.reference_batch_size}, scaled linearly to {rate:g} "
+        f"at batch {config.batch_size}\n"
+        f"paper      {f'{chr(10)}           '.join(differences) or 'as in the paper'}\n"
+        + (
+            "official   every epoch is compared with the official run of this width"
+            if official
+            else "official   no run to compare with: those are of the published widths, on ImageNet, for 300 epochs"
+        )
+    )

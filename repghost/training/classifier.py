@@ -8,6 +8,7 @@ Check: `pytest tests/test_classifier.py`.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
@@ -15,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from repghost.compiling import compile_step, compiles
-from repghost.ema import WeightAverage
 from repghost.errors import UserError
-from repghost.loss_watch import LossWatch
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
-from repghost.schedule import learning_rate, linear_scale
-from repghost.seeding import step_seed
+from repghost.training.ema import WeightAverage
+from repghost.training.schedule import learning_rate, linear_scale
+from repghost.training.trainer import compile_step, compiles
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +31,7 @@ class ImageClassifier(pl.LightningModule):
 
     learning_rate, start_learning_rate and final_learning_rate are stated for `reference_batch_size` and scaled to
     `batch_size`, the global one. The average has the decay `ema_decay` or, in its place, a memory of `ema_span` times
-    the steps of the run. compile: the training step, see `repghost.compiling`.
+    the steps of the run. compile: the training step, see `repghost.training.trainer`.
     """
 
     def __init__(
@@ -269,3 +268,53 @@ def average_buffers(model: nn.Module) -> None:
     flat /= dist.get_world_size()
     parts = flat.split([b.numel() for b in buffers])
     torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+
+
+class LossWatch:
+    """Looks at the loss of every step one step later.
+
+    On a GPU the verdict on a step is copied to the host while the next step is queued, and read only then: the host
+    waits for a step that the GPU has left behind, the GPU never waits for the host.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None, int, int, Tensor] | None = None
+
+    def follow(self, loss: Tensor, epoch: int, batch: int, positions: Tensor) -> None:
+        """Takes note of a step's loss (a scalar on any device) and checks the one before it."""
+        before = self._pending
+        finite, event = torch.isfinite(loss.detach()), None
+        if finite.is_cuda:
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (finite, event, epoch, batch, positions)
+        if not loss.is_cuda:
+            self.check()
+        elif before is not None:
+            _require_finite(*before)
+
+    def check(self) -> None:
+        """Checks the last step; waits for it."""
+        if self._pending is not None:
+            _require_finite(*self._pending)
+
+
+def _require_finite(finite: Tensor, event: torch.cuda.Event | None, epoch: int, batch: int, positions: Tensor) -> None:
+    if event is not None:
+        event.synchronize()
+    if not finite:
+        first, last = int(positions[0]), int(positions[-1])
+        raise UserError(
+            f"the loss is not finite in epoch {epoch}, batch {batch} (positions {first} to {last} of the epoch); "
+            "the last checkpoint is from before; begin a new run with a smaller learning rate or another precision"
+        )
+
+
+def step_seed(*parts: int) -> int:
+    """A 63-bit seed for what is drawn at one place of a run, such as (seed, epoch, batch, rank).
+
+    numpy's SeedSequence mixes the numbers, so that neighbours give unrelated streams.
+    """
+    words = np.random.SeedSequence(parts).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))

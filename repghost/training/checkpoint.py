@@ -24,10 +24,10 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from repghost.classifier import ImageClassifier
 from repghost.errors import UserError
 from repghost.files import atomic_write, remove_leftovers
-from repghost.signals import GO_ON, SAVE, STOP, Agreement, StopSignals, replace_lightnings_handling
+from repghost.training.classifier import ImageClassifier
+from repghost.training.signals import GO_ON, SAVE, STOP, Agreement, StopSignals, replace_lightnings_handling
 from repghost.weights import damage, read_checkpoint
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"

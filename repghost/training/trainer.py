@@ -2,21 +2,37 @@
 
 import ctypes
 import logging
+import os
+import shutil
+import sysconfig
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils._triton import has_triton
 
 from repghost.errors import UserError
-from repghost.processes import environment, require_processes, started_outside
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# The variables that name a compiler, and what is looked for without them: C for Triton, C++ for CPUs.
+_COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 
 # What Lightning says about its own internals, or about a sampler that it does not know.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -144,3 +160,95 @@ def _distributed(accelerator: str, timeout_minutes: float) -> DDPStrategy:
         gradient_as_bucket_view=True,
         timeout=timedelta(minutes=timeout_minutes),
     )
+
+
+def compiles(wanted: bool | str, device: torch.device) -> bool:
+    """Whether to compile for `device`: true, false, or `auto`, which is where it pays within minutes: on GPUs.
+
+    Raises UserError where it is wanted (`true`) and impossible; `auto` goes without, and says so.
+    """
+    if wanted not in (True, False, "auto"):
+        raise UserError(f"compile={wanted} is not one of auto, true, false")
+    if not wanted or (wanted == "auto" and device.type != "cuda"):
+        return False
+    problem = _missing(device)
+    if problem and wanted != "auto":
+        raise UserError(f"compile=true is impossible here: {problem}; compile=false goes without")
+    if problem:
+        rank_zero_warn(f"compile=auto: the training step is not compiled, which is slower: {problem}")
+    return problem is None
+
+
+def compile_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` as one graph for one shape; deterministic, where PyTorch's algorithms are to be."""
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()  # kernels by rule, not by time
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def keep_compiled(folder: str | Path) -> None:
+    """Keeps what is compiled in `folder`, so that the next run starts warm, unless TORCHINDUCTOR_CACHE_DIR says where.
+
+    PyTorch's own choice is in the temporary folder, which neither a reboot nor a cluster's next job finds again. It
+    writes that choice into the variable as soon as it is imported.
+    """
+    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
+        os.environ[_CACHE] = str(Path(folder).expanduser().resolve())
+
+
+def _missing(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, None if nothing."""
+    if device.type == "cuda" and not has_triton():
+        return "there is no Triton for this GPU"
+    variable, names = _COMPILERS["cuda" if device.type == "cuda" else "cpu"]
+    if not any(map(shutil.which, [os.environ[variable]] if variable in os.environ else names)):
+        return f"no compiler was found ({', '.join(names)}, or the one that {variable} names)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"{header} is missing (the headers of Python, often a package python3-dev)"
+    return None
+
+
+class Started(NamedTuple):
+    """Who started this process as one of several: `devices` of them on each of `nodes` machines."""
+
+    by: str
+    devices: int
+    nodes: int
+
+
+def started_outside() -> Started | None:
+    """What torchrun or srun started; None where a run starts its own ranks.
+
+    Shells and batch scripts of SLURM have its variables too: only what srun started is a step, and only several tasks
+    are ranks. Raises UserError for srun without --ntasks-per-node, which Lightning needs.
+    """
+    if TorchElasticEnvironment.detect():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        return Started("torchrun", devices, int(os.environ["WORLD_SIZE"]) // devices)
+    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise UserError(f"srun started {tasks} tasks: give --ntasks-per-node instead of --ntasks")
+        devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
+        return Started("srun", devices, tasks // devices)
+    return None
+
+
+def require_processes(started: Started | None, devices: int, num_nodes: int) -> None:
+    """Raises UserError unless there is or will be a process for each device; a rank would wait for those missing."""
+    if started and (started.devices, started.nodes) != (devices, num_nodes):
+        raise UserError(
+            f"{started.by} started {started.devices} process(es) on each of {started.nodes} machine(s), but "
+            f"trainer.devices={devices} and trainer.num_nodes={num_nodes}: they must be the same"
+        )
+    if not started and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine, "
+            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK there"
+        )
+
+
+def environment(started: Started | None) -> ClusterEnvironment:
+    """Lightning's side of it; its own guess would take any shell of SLURM for srun."""
+    if started is None:
+        return LightningEnvironment()
+    return TorchElasticEnvironment() if started.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
