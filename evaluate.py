@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from repghost.errors import UserError, say
 from repghost.evaluation import evaluate_exported, evaluate_model, evaluate_selection, summary, table, write_evaluation
-from repghost.exported import is_exported, open_exported
+from repghost.export.runtimes import is_exported, open_exported
 from repghost.launch import command
 from repghost.reference import published_accuracy
 from repghost.results import append_result

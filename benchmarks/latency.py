@@ -47,8 +47,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from repghost import WIDTHS, RepGhostNet, reparameterize, repghostnet
-from repghost.deploy import Deployable, Deployment, quiet, write_executorch, write_onnx
 from repghost.errors import UserError
+from repghost.export.formats import Deployable, Deployment, quiet, write_executorch, write_onnx
 from repghost.figures import draw_accuracy, read_latency
 from repghost.files import write_text
 from repghost.reference import peers

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from repghost.errors import UserError, say
-from repghost.exported import ExportedModel
+from repghost.export.runtimes import ExportedModel
 from repghost.files import write_text
 from repghost.metrics import scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet

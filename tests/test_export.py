@@ -15,8 +15,10 @@ from onnxruntime import InferenceSession
 from PIL import Image
 from test_evaluation import random_network, rows, validation_shards
 
-from repghost import export, export_check, reparameterize, repghostnet
-from repghost.deploy import Preprocess
+from repghost import reparameterize, repghostnet
+from repghost.export import __main__ as export
+from repghost.export import check as export_check
+from repghost.export.preprocess import Preprocess
 from repghost.images import evaluation_transform, sample_photographs
 from repghost.model import WIDTHS
 from repghost.weights import load_model, save_weights

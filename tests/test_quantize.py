@@ -14,10 +14,11 @@ from helpers import photographs as normalized
 from images import encoded, make_class_folders, patch
 from test_evaluation import random_network
 
-from repghost import export, reparameterize
+from repghost import reparameterize
 from repghost.errors import UserError
+from repghost.export import __main__ as export
+from repghost.export.quantize import layer_losses, sqnr
 from repghost.images import photographs, sample_photographs
-from repghost.quantize import layer_losses, sqnr
 
 
 @pytest.fixture(scope="module")

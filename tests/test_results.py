@@ -12,8 +12,10 @@ import timm
 import torch
 from helpers import photographs
 
-from repghost import export, figures, hub
+from repghost import figures
 from repghost.errors import UserError
+from repghost.export import __main__ as export
+from repghost.export import hub
 from repghost.results import COLUMNS, HEADER, MARKERS, append_result, main, paper_rows, paper_table, read_results
 from repghost.weights import load_model
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repghost.deploy import quiet
 from repghost.errors import UserError
+from repghost.export.formats import quiet
 
 EVALUATED = (".onnx", ".pte")
 # What an exported file says of itself, in the order of their meaning: see `facts`.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from repghost.deploy import Deployable
+from repghost.export.formats import Deployable
 from repghost.model import RepGhostNet
 
 _LOWEST, _HIGHEST = -128, 127

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repghost.deploy import Deployable, Deployment, coreml_operations, quiet
 from repghost.errors import UserError
-from repghost.exported import ExportedModel, open_executorch, open_onnx, open_torchscript
+from repghost.export.formats import Deployable, Deployment, coreml_operations, quiet
+from repghost.export.quantize import layer_losses, sqnr
+from repghost.export.runtimes import ExportedModel, open_executorch, open_onnx, open_torchscript
 from repghost.files import write_text
 from repghost.images import evaluation_transform
 from repghost.model import RepGhostNet
-from repghost.quantize import layer_losses, sqnr
 from repghost.weights import load_model
 
 TOLERANCE = 1e-4  # of float32 logits, absolute

@@ -4,15 +4,15 @@
     python -m repghost.export weights=timm width=1.0 format=executorch
     python -m repghost.export run=outputs/NAME format=onnx int8=true calibration=SHARD.tar
 
-Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub (see `repghost.hub`).
+Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub.
 Keys: image_size; batch (a number, or dynamic; an ONNX or TorchScript file takes any number unless one is given,
 ExecuTorch and Core ML take 1); dtype=float16; softmax=true; opset (ONNX); preprocess=true: the file takes photographs,
 uint8 [N, H, W, 3], and resizes and normalizes them itself, ONNX those of any size, the others those of
 input_size=HEIGHTxWIDTH; crop_fraction (of its centre crop); int8=true with calibration=FOLDER|SHARD.tar and
-calibration_images (see `repghost.quantize`); check=FOLDER|SHARD.tar: photographs to check the export with.
+calibration_images (see `repghost.export.quantize`); check=FOLDER|SHARD.tar: photographs to check the export with.
 
 Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one that
-differs by too much is an error (see `repghost.export_check`).
+differs by too much is an error (see `repghost.export.check`).
 Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
@@ -26,16 +26,16 @@ from pathlib import Path
 
 import torch
 
-from repghost import deploy
-from repghost.deploy import Deployable, Deployment
 from repghost.errors import UserError
-from repghost.export_check import check_coreml, checked_inputs, compare, inputs_of, open_written, report_int8
-from repghost.exported import require
+from repghost.export import formats as deploy
+from repghost.export.check import check_coreml, checked_inputs, compare, inputs_of, open_written, report_int8
+from repghost.export.formats import Deployable, Deployment
+from repghost.export.hub import export_hub
+from repghost.export.quantize import quantize_executorch, quantize_onnx
+from repghost.export.runtimes import require
 from repghost.files import TEMPORARY, atomic_write
-from repghost.hub import export_hub
 from repghost.images import photographs, sample_photographs
 from repghost.model import RepGhostNet
-from repghost.quantize import quantize_executorch, quantize_onnx
 from repghost.reparameterize import reparameterize
 from repghost.run import load_run, read_config
 from repghost.weights import load_model, save_weights

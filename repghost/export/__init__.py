@@ -1,0 +1,1 @@
+"""The fused network for deployment: python -m repghost.export run=outputs/NAME format=onnx"""
