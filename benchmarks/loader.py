@@ -54,7 +54,7 @@ from data.reader import ShardReader, decode, resize
 from data.sampling import Partition
 from data.torch_loader import PlannedBatches, TorchLoader
 from data.write_shards.write import write_folder
-from repghost.training.recipe import resolve_recipe
+from repghost.run import resolve_recipe
 
 ROOT = Path(__file__).parents[1]
 IMAGE_SIZE = 224

@@ -59,7 +59,7 @@ from benchmarks.loader import IMAGE_SIZE, Rate, Setting, machine, measure, ours,
 from benchmarks.loader import write_table as write_rows
 from data.dali_loader import DaliLoader, dali_installed
 from data.torch_loader import TorchLoader
-from repghost.training.recipe import resolve_recipe
+from repghost.run import resolve_recipe
 from repghost.training.trainer import keep_compiled, keep_freed_memory
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from repghost.training.recipe import resolve_recipe
+from repghost.run import resolve_recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -17,7 +17,6 @@ from repghost.errors import UserError
 from repghost.files import write_text
 from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
-from repghost.training.recipe import resolve_recipe
 from repghost.weights import model_from_state, read_checkpoint
 
 _FILE = "classes.txt"
@@ -192,3 +191,14 @@ def read_class_names(path: Path) -> list[str]:
         return [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no class names can be read from it ({error})") from None
+
+
+def resolve_recipe(config: DictConfig) -> None:
+    """Leaves the one colour augmentation that the recipe gives to `config.width`, in place.
+
+    Networks of `recipe.rand_augment_from_width` or wider get RandAugment, the others the jitter; null: every width the
+    jitter. The paper draws the line between 1.11 and 1.3.
+    """
+    threshold = config.recipe.rand_augment_from_width
+    wide = threshold is not None and config.width >= threshold
+    config.recipe.augment["jitter" if wide else "rand_augment"] = None

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from repghost.model import WIDTHS
-from repghost.training.recipe import resolve_recipe
+from repghost.run import resolve_recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in CONF.iterdir() if group.is_dir()}

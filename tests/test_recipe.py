@@ -19,8 +19,9 @@ from timm.utils import ModelEmaV2
 from repghost.figures import draw_curve
 from repghost.model import WIDTHS, repghostnet
 from repghost.reference import EPOCHS, IMAGENET, official_curve, standing
+from repghost.run import resolve_recipe
 from repghost.training.classifier import ImageClassifier, smoothed_cross_entropy
-from repghost.training.recipe import deviations, resolve_recipe
+from repghost.training.recipe import deviations
 
 PAPER = OmegaConf.create((Path(__file__).parents[1] / "conf/recipe/paper.yaml").read_text())
 Program = Callable[..., int]

@@ -8,21 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import say
 from repghost.model import RepGhostNet, count_macs, count_parameters
-from repghost.run import flat
+from repghost.run import flat, resolve_recipe
 from repghost.training.schedule import linear_scale
 
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
-
-
-def resolve_recipe(config: DictConfig) -> None:
-    """Leaves the one colour augmentation that the recipe gives to `config.width`, in place.
-
-    Networks of `recipe.rand_augment_from_width` or wider get RandAugment, the others the jitter; null: every width the
-    jitter. The paper draws the line between 1.11 and 1.3.
-    """
-    threshold = config.recipe.rand_augment_from_width
-    wide = threshold is not None and config.width >= threshold
-    config.recipe.augment["jitter" if wide else "rand_augment"] = None
 
 
 def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> list[str]:

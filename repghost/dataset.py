@@ -1,0 +1,39 @@
+"""What the network's side asks of a data set: its batches, the index of a split, and the data module that feeds them.
+
+`data/` provides them; `repghost` never imports it, so that another source of images can take its place.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """N rows. A row without an image (the end of validation, a skipped image) has label -1 and counts nowhere."""
+
+    images: Tensor  # uint8 [N, 3, H, W] from a loader, normalized float32 [N, 3, H, W] on the training device
+    labels: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]: index in the epoch; in validation, the row of the index
+    uniforms: Tensor  # float32 [N, K]: the random draws of each row
+
+
+class SplitIndex(Protocol):
+    """The images of one split."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """A name for each label."""
+
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    def keys(self) -> Sequence[str]:
+        """The key of every image: its member name without extension."""
+
+
+class DataModule(Protocol):
+    """A LightningDataModule whose splits can be asked for their index."""
+
+    def index(self, split: str) -> SplitIndex:
+        """The index of "train" or "val"."""
