@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repghost.errors import UserError, say
+from repghost.errors import UserError, print_rank_zero
 from repghost.evaluation import evaluate_exported, evaluate_model, evaluate_selection, summary, table, write_evaluation
 from repghost.export.runtimes import is_exported, open_exported
 from repghost.launch import command
@@ -61,11 +61,13 @@ def main(config: DictConfig) -> None:
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
         title = f"{config.weights}, width {config.width:g}"
     evaluation = {"crop_fraction": config.data.crop_fraction, "precision": str(trainer.precision)} | evaluation
-    say(table(evaluation, title) if exported is None else summary(evaluation, title))
+    print_rank_zero(table(evaluation, title) if exported is None else summary(evaluation, title))
     if config.test_set and (expected := published_accuracy(config.test_set, evaluation["width"])):
-        say(f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%")
+        print_rank_zero(
+            f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%"
+        )
     if options["report"]:
-        say(f"  reports in {folder}")
+        print_rank_zero(f"  reports in {folder}")
     if trainer.is_global_zero:
         append_result(config.results, name, config.test_set or data_name(config), evaluation)
         if config.run is not None and not config.test_set:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from data.crops import BatchPlan, EvaluationPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget, decode, jpeg_components, resize
-from data.torch_loader import Batch, Position
+from data.torch_loader import Position
+from repghost.dataset import Batch
 from repghost.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class DaliLoader:
             assert read.plan.positions[0] == self._partition.start(batch), "DALI lost or repeated a batch"
             budget.spend(read.errors)
             labels, positions, draws = map(torch.from_numpy, (read.labels, read.plan.positions, read.plan.draws))
-            yield self._pinned(images), self._pinned(labels), self._pinned(positions), self._pinned(draws)
+            yield Batch(*map(self._pinned, (images, labels, positions, draws)))
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._pin_memory and not tensor.is_cuda else tensor

@@ -17,14 +17,15 @@ from data.index import Index, load_index
 from data.reader import allow_open_files
 from data.remote import is_url, stage
 from data.sampling import Partition, epoch_order
-from data.torch_loader import Batch, PlannedBatches, TorchLoader
-from repghost.errors import UserError, say
+from data.torch_loader import PlannedBatches, TorchLoader
+from repghost.dataset import Batch, DataModule
+from repghost.errors import UserError, print_rank_zero
 from repghost.training.classifier import step_seed
 
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 
 
-class ImageNetData(pl.LightningDataModule):
+class ImageNetData(DataModule):
     """Training and validation images of a shard folder.
 
     root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. batch_size: global.
@@ -126,12 +127,12 @@ class ImageNetData(pl.LightningDataModule):
         index, images = self.index("train"), range(min(samples, len(self.index("train"))))
         one = Partition(samples=len(index), rows=1)
         plain = PlannedBatches(self._evaluation_plan(index, one), self._image_size, keep_going=False)
-        yield self.augment.evaluate(torch.cat([plain[(0, i)][0] for i in images]))
+        yield self.augment.evaluate(torch.cat([plain[(0, i)][0].images for i in images]))
         seen = PlannedBatches(self._train_plan(index, one), self._image_size, keep_going=False)
         for epoch in range(epochs):
             positions = np.argsort(epoch_order(self._seed, epoch, len(index)))
-            batches = [seen[(epoch, int(positions[i]))] for i in images]
-            pixels, draws = torch.cat([b[0] for b in batches]), torch.cat([b[3] for b in batches])
+            batches = [seen[(epoch, int(positions[i]))][0] for i in images]
+            pixels, draws = torch.cat([b.images for b in batches]), torch.cat([b.uniforms for b in batches])
             yield self.augment.train(pixels, draws, torch.Generator().manual_seed(step_seed(self._seed, epoch)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class ImageNetData(pl.LightningDataModule):
         if self._loader_name == "auto":
             # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
             self._loader_name = "dali" if dali_installed() and workers > 0 else "torch"
-            say(f"loader     {self._loader_name}")
+            print_rank_zero(f"loader     {self._loader_name}")
         device = self._trainer.strategy.root_device
         options: dict[str, Any] = {
             "image_size": self._image_size,
@@ -215,9 +216,9 @@ class ImageNetData(pl.LightningDataModule):
 
     # -- on the training device ------------------------------------------------------------------------------------
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         """The batch on `device`; to a GPU beside what that is computing, which is the step before."""
-        if device.type != "cuda" or batch[0].is_cuda:
+        if device.type != "cuda" or batch.images.is_cuda:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         self._copies = self._copies or torch.cuda.Stream(device)
         computing = torch.cuda.current_stream(device)
@@ -228,12 +229,11 @@ class ImageNetData(pl.LightningDataModule):
             tensor.record_stream(computing)  # its memory was allocated for the other stream
         return moved
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(float32 images [N, 3, S, S] normalized, labels, positions) of a loader's batch, on its device."""
-        images, labels, positions, draws = batch
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
         if not self._trainer.training:
-            return self.augment.evaluate(images), labels, positions
+            return batch._replace(images=self.augment.evaluate(batch.images))
         epoch, step = self._trainer.current_epoch, self._trainer.fit_loop.batch_idx + 1
         seed = step_seed(self._seed, epoch, step, self._trainer.global_rank, _NOISE)
-        noise = torch.Generator(images.device).manual_seed(seed)
-        return self.augment.train(images, draws, noise), labels, positions
+        noise = torch.Generator(batch.images.device).manual_seed(seed)
+        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise))

@@ -17,6 +17,7 @@ import json
 import os
 import stat
 import sys
+import tarfile
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
@@ -60,6 +61,14 @@ class Index:
         row = self.samples[i]
         shard = self.shards[row["shard"]]
         return f"{Path(shard).name}: {member_name(shard, int(row['offset']))}"
+
+    def keys(self) -> list[str]:
+        """The key (member name without extension) of every image. Reads all tar headers."""
+        keys: dict[tuple[int, int], str] = {}
+        for number, shard in enumerate(self.shards):
+            with tarfile.open(shard, "r:") as tar:
+                keys |= {(number, m.offset_data): m.name.rpartition(".")[0] for m in tar}
+        return [keys[int(row["shard"]), int(row["offset"])] for row in self.samples]
 
     @cached_property
     def fingerprint(self) -> str:

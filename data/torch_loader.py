@@ -15,9 +15,9 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import BatchPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget, decode, resize
+from repghost.dataset import Batch
 from repghost.training.signals import ignore_signals
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Position = Callable[[], tuple[int, int]]
 
 
@@ -54,14 +54,14 @@ class TorchLoader(DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        epoch, batch = self._position()
-        self._route.epoch, self._route.batch = epoch, batch % self._route.batches
+        epoch, first = self._position()
+        self._route.epoch, self._route.batch = epoch, first % self._route.batches
         budget = SkipBudget(self._skip_bad)
-        for images, labels, positions, draws, errors in self._batches():
+        for batch, errors in self._batches():
             budget.spend(errors)
-            yield images, labels, positions, draws
+            yield batch
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, list[str]]]:
+    def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
         try:
             yield from super().__iter__()
         except RuntimeError as error:
@@ -109,7 +109,7 @@ class PlannedBatches(Dataset):
         self._keep_going = keep_going
         self._reader = ShardReader(plan.index)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[str]]:
         plan = self._plan(*key)
         images = [torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)] * plan.rows
         labels = torch.full((plan.rows,), -1)
@@ -125,7 +125,8 @@ class PlannedBatches(Dataset):
                 if not self._keep_going:
                     break
         # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
-        return default_collate(images), labels, torch.from_numpy(plan.positions), torch.from_numpy(plan.draws), errors
+        positions, uniforms = torch.from_numpy(plan.positions), torch.from_numpy(plan.draws)
+        return Batch(default_collate(images), labels, positions, uniforms), errors
 
     def _load(self, plan: BatchPlan, row: int, sample: int) -> Tensor:
         """uint8 [3, S, S]: read, decode, crop, resize, centre."""

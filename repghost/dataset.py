@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import pytorch_lightning as pl
 from torch import Tensor
 
 
@@ -32,8 +33,19 @@ class SplitIndex(Protocol):
         """The key of every image: its member name without extension."""
 
 
-class DataModule(Protocol):
-    """A LightningDataModule whose splits can be asked for their index."""
+class DataModule(pl.LightningDataModule):
+    """Feeds batches of `Batch` to a Trainer and knows what its splits hold."""
 
     def index(self, split: str) -> SplitIndex:
-        """The index of "train" or "val"."""
+        """The index of a split: "train" or "val"."""
+        raise NotImplementedError
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Numbers of training and of validation images."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the splits together."""
+        raise NotImplementedError

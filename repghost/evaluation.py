@@ -18,7 +18,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from repghost.errors import UserError, say
+from repghost.dataset import Batch, DataModule, SplitIndex
+from repghost.errors import UserError, print_rank_zero
 from repghost.export.runtimes import ExportedModel
 from repghost.files import write_text
 from repghost.metrics import scores
@@ -26,8 +27,7 @@ from repghost.model import RepGhostNet, count_macs, count_parameters, repghostne
 from repghost.reparameterize import reparameterize
 from repghost.results import append_result
 from repghost.run import SELECTIONS, data_name, load_run, read_config
-from repghost.test_sets import ScoredLabels, image_keys, scored_labels
-from repghost.training.classifier import Batch
+from repghost.test_sets import ScoredLabels, scored_labels
 from repghost.weights import save_weights
 
 REPORTS = ("classes", "predictions")
@@ -69,7 +69,7 @@ class Evaluation(pl.LightningModule):
         self._predictions: list[tuple[Tensor, ...]] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, positions = batch
+        images, labels, positions, _ = batch
         with nullcontext() if self._autocast else torch.autocast(self.device.type, enabled=False):
             logits = self.model(images)
             fused = logits if self.fused is self.model else self.fused(images)
@@ -137,14 +137,14 @@ class Evaluation(pl.LightningModule):
             },
         }
 
-    def write_reports(self, folder: Path, index: Any) -> list[Path]:
+    def write_reports(self, folder: Path, index: SplitIndex) -> list[Path]:
         """Writes classes.csv and confusions.csv, predictions.csv, or both, for the images of `index`."""
         written = []
         if "classes" in self._report:
             written.append(_write_csv(folder / "classes.csv", self._class_rows(index.classes)))
             written.append(_write_csv(folder / "confusions.csv", self._confusion_rows(index.classes)))
         if "predictions" in self._report:
-            written.append(_write_csv(folder / "predictions.csv", self._prediction_rows(image_keys(index))))
+            written.append(_write_csv(folder / "predictions.csv", self._prediction_rows(index.keys())))
         return written
 
     def _class_rows(self, classes: Sequence[str]) -> list[list[Any]]:
@@ -185,7 +185,7 @@ def interval(percent: float, images: int) -> list[float]:
 def evaluate(
     trainer: pl.Trainer,
     model: nn.Module,
-    data: Any,
+    data: DataModule,
     *,
     scored: ScoredLabels | None = None,
     autocast: bool = False,
@@ -203,7 +203,7 @@ def evaluate(
     evaluation = Evaluation(model, scored, autocast, report, num_classes=len(index.classes))
     trainer.validate(evaluation, datamodule=data, verbose=False)
     results = evaluation.results()
-    expected = (scored or ScoredLabels()).images(len(index.samples))
+    expected = (scored or ScoredLabels()).images(len(index))
     if results["images"] != expected:
         raise UserError(f"evaluated {results['images']} images, but the data set has {expected}")
     if report and trainer.is_global_zero:
@@ -219,7 +219,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
     return path
 
 
-def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path) -> None:
+def evaluate_run(directory: Path, trainer: pl.Trainer, data: DataModule, results: Path) -> None:
     """Evaluates the averaged weights of the last and of the best epoch, writes them and prints the table."""
     config = read_config(directory)
     evaluations = {
@@ -239,7 +239,7 @@ def evaluate_run(directory: Path, trainer: pl.Trainer, data: Any, results: Path)
                 append_result(results, directory.name, data_name(config), evaluation)
                 write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():
-        say(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
+        print_rank_zero(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
     trainer.strategy.barrier()
 
 
@@ -254,7 +254,7 @@ def _evaluation_file(directory: Path, evaluation: dict[str, Any]) -> Path:
 
 
 def evaluate_selection(
-    directory: Path, selection: str, trainer: pl.Trainer, data: Any, image_size: int, **options: Any
+    directory: Path, selection: str, trainer: pl.Trainer, data: DataModule, image_size: int, **options: Any
 ) -> dict[str, Any]:
     """The content of evaluation.json for the averaged weights of one epoch of a run; `options` of `evaluate_model`."""
     model, epoch = load_run(directory, selection)
@@ -269,7 +269,7 @@ def evaluate_selection(
 def evaluate_model(
     model: RepGhostNet,
     trainer: pl.Trainer,
-    data: Any,
+    data: DataModule,
     width: float,
     image_size: int,
     test_set: str | None = None,
@@ -310,7 +310,7 @@ def table(evaluation: dict[str, Any], title: str) -> str:
 def evaluate_exported(
     model: ExportedModel,
     trainer: pl.Trainer,
-    data: Any,
+    data: DataModule,
     test_set: str | None = None,
     real_labels: str | None = None,
     **options: Any,

@@ -8,16 +8,15 @@ Check: `pytest tests/test_evaluation.py`.
 
 import json
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from repghost.dataset import SplitIndex
 from repghost.errors import UserError
 from repghost.metrics import score_sums
 from repghost.reference import PUBLISHED, synsets
@@ -60,7 +59,7 @@ class ScoredLabels:
         return torch.stack([loss, hits[:, 0].sum(), hits.any(1).sum(), counted.sum()])
 
 
-def scored_labels(name: str | None, real_labels: str | Path | None, index: Any, outputs: int) -> ScoredLabels:
+def scored_labels(name: str | None, real_labels: str | Path | None, index: SplitIndex, outputs: int) -> ScoredLabels:
     """The test set `name` (a key of PUBLISHED, None for an ordinary data set) with the classes and images of `index`.
 
     outputs: of the network. Raises UserError when they do not fit.
@@ -68,8 +67,8 @@ def scored_labels(name: str | None, real_labels: str | Path | None, index: Any, 
     if name is not None and name not in PUBLISHED:
         raise UserError(f"test_set={name} is not one of {', '.join(PUBLISHED)}")
     if name is None or name == "imagenet_real":
-        if outputs != index.num_classes:
-            raise UserError(f"the weights have {outputs} classes, the data {index.num_classes}")
+        if outputs != len(index.classes):
+            raise UserError(f"the weights have {outputs} classes, the data {len(index.classes)}")
         if name is None:
             return ScoredLabels()
         if real_labels is None:
@@ -93,23 +92,14 @@ def class_columns(classes: Sequence[str]) -> list[int]:
     return [label_of[name] for name in classes]
 
 
-def image_keys(index: Any) -> list[str]:
-    """The key (member name without extension) of every image, in the order of `index`. Reads all tar headers."""
-    keys: dict[tuple[int, int], str] = {}
-    for number, shard in enumerate(index.shards):
-        with tarfile.open(shard, "r:") as tar:
-            keys |= {(number, m.offset_data): m.name.rpartition(".")[0] for m in tar}
-    return [keys[int(row["shard"]), int(row["offset"])] for row in index.samples]
-
-
-def _accepted(path: Path, index: Any, outputs: int) -> Tensor:
+def _accepted(path: Path, index: SplitIndex, outputs: int) -> Tensor:
     """bool [images, outputs] from ReaL's list of labels for every ILSVRC2012_val number, counted from 1."""
     try:
         labels = json.loads(path.expanduser().read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not ReaL's list of labels ({error})") from None
-    accepted = torch.zeros(len(index.samples), outputs, dtype=torch.bool)
-    for row, key in enumerate(image_keys(index)):
+    accepted = torch.zeros(len(index), outputs, dtype=torch.bool)
+    for row, key in enumerate(index.keys()):
         match = re.search(r"ILSVRC2012_val_(\d{8})", key)
         if match is None or not 1 <= int(match[1]) <= len(labels):
             raise UserError(f"{key}: not a name of an ImageNet validation image that {path} has labels for")

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from repghost.errors import DISK_FULL, UserError
+from repghost.errors import DISK_FULL, UserError, user_message
 from repghost.files import atomic_write, remove_leftovers
-from repghost.launch import user_message
 from repghost.run import read_config
 from repghost.training.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, resume_point
 from repghost.weights import read_checkpoint, read_weights

@@ -37,8 +37,7 @@ from data.sampling import Partition
 from data.tars import scan_shard
 from data.torch_loader import TorchLoader
 from data.write_shards.__main__ import main as write_shards
-from repghost.errors import UserError
-from repghost.launch import user_message
+from repghost.errors import UserError, user_message
 
 LOADERS = {"torch": TorchLoader, **({"dali": DaliLoader} if dali_installed() else {})}
 SECONDS = 60  # of any test here, on the slowest machine

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
 from repghost.training.ema import WeightAverage
 from repghost.training.schedule import learning_rate, linear_scale
 from repghost.training.trainer import compile_step, compiles
-
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class ImageClassifier(pl.LightningModule):
@@ -139,11 +138,10 @@ class ImageClassifier(pl.LightningModule):
         torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels, positions = batch
-        loss = self._loss(images, labels)
-        images_counted = (labels >= 0).sum()
+        loss = self._loss(batch.images, batch.labels)
+        images_counted = (batch.labels >= 0).sum()
         self._train_sums += torch.stack([loss.detach().double() * images_counted, images_counted])
-        self._watch.follow(loss, self.current_epoch, batch_idx, positions)
+        self._watch.follow(loss, self.current_epoch, batch_idx, batch.positions)
         return loss
 
     def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -188,9 +186,9 @@ class ImageClassifier(pl.LightningModule):
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, _ = batch
+        models = self.model, self.ema.model
         with torch.autocast(self.device.type, enabled=False):
-            self._score_sums += torch.stack([score_sums(m(images), labels) for m in (self.model, self.ema.model)])
+            self._score_sums += torch.stack([score_sums(m(batch.images), batch.labels) for m in models])
 
     def on_validation_epoch_end(self) -> None:
         # Sums, not means, are reduced: every image counts once on any number of ranks.

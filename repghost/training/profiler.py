@@ -22,7 +22,7 @@ from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from repghost.errors import say
+from repghost.errors import print_rank_zero
 from repghost.files import write_text
 
 SKIPPED, CLOCKED, TRACED = 5, 10, 3  # steps, in this order
@@ -91,7 +91,7 @@ class StepProfiler(Profiler):
             return
         self._steps += 1
         if self._steps == 1:
-            say(f"start      the first step was done {_age():.1f} s after the command")
+            print_rank_zero(f"start      the first step was done {_age():.1f} s after the command")
         if self._steps == SKIPPED:
             self._clock = _Clock()
         elif self._steps == SKIPPED + CLOCKED:
@@ -119,7 +119,7 @@ class StepProfiler(Profiler):
                 shutil.copyfileobj(source, target)
             plain.unlink()
             self._trace = None
-            say(f"trace      {self._directory / 'trace.json.gz'}: open it at ui.perfetto.dev")
+            print_rank_zero(f"trace      {self._directory / 'trace.json.gz'}: open it at ui.perfetto.dev")
 
     def _write(self, spent: dict[str, float], steps: int) -> None:
         if steps < 1:
@@ -134,7 +134,7 @@ class StepProfiler(Profiler):
             writer.writerow((stage, f"{milliseconds:.3f}", f"{share:.4f}"))
             lines.append(f"           {stage:<20} {milliseconds:9.2f} ms {share:7.1%}")
         write_text(self._directory / "profile.csv", text.getvalue())
-        say("\n".join(lines))
+        print_rank_zero("\n".join(lines))
 
 
 class _Clock:

@@ -23,8 +23,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from repghost.errors import UserError, fail
-from repghost.launch import user_message
+from repghost.errors import UserError, fail, user_message
 
 _KEY = "first failure"
 _POLL_SECONDS = 0.5

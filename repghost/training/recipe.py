@@ -6,7 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
-from repghost.errors import say
+from repghost.dataset import DataModule
+from repghost.errors import print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat, resolve_recipe
 from repghost.training.schedule import linear_scale
@@ -43,7 +44,7 @@ def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> li
 
 
 def describe(
-    config: DictConfig, paper: Path, trainer: pl.Trainer, data: Any, model: RepGhostNet, official: bool
+    config: DictConfig, paper: Path, trainer: pl.Trainer, data: DataModule, model: RepGhostNet, official: bool
 ) -> None:
     """Prints what is about to be trained, on what, and in what it deviates from the recipe in the file `paper`."""
     recipe, ranks = config.recipe, trainer.world_size
@@ -53,7 +54,7 @@ def describe(
     params, macs = count_parameters(model) / 1e6, count_macs(model, config.image_size) / 1e6
     train, val = data.counts
     differences = deviations(config, OmegaConf.load(paper), ranks, str(trainer.precision))
-    say(
+    print_rank_zero(
         f"run        {Path(config.output) / config.name}\n"
         f"network    RepGhostNet {config.width:g}x, {params:.2f}M parameters, {macs:.1f}M multiply-accumulates "
         f"at {config.image_size} pixels\n"
