@@ -361,13 +361,13 @@ def stage_rows(setting: Setting, seconds: float, repetitions: int) -> Iterator[d
 
 def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]:
     """CPU time of what the training device does to an image: both kinds of colour augmentation, one thread."""
-    batch = PlannedBatches(setting.plan(setting.original), IMAGE_SIZE, keep_going=False)[(0, 0)]
+    batch = PlannedBatches(setting.plan(setting.original), IMAGE_SIZE, keep_going=False)[(0, 0)][0]
     for name, width in (("jitter, widths up to 1.11", 1.0), ("RandAugment, widths from 1.3", 1.3)):
         augment = instantiate(paper_recipe(width).augment)
         times = []
         for _ in range(repetitions + 1):  # the first one warms up
             start = time.thread_time()
-            augment.train(batch[0], batch[3])
+            augment.train(batch.images, batch.uniforms)
             times.append((time.thread_time() - start) / setting.batch_size * 1000)
         yield {"what": f"augment: {name}", "workers": 1, "milliseconds_per_image": median(times[1:])}
 

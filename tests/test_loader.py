@@ -50,7 +50,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 def test_training_crops_equal_pil(index: Index) -> None:
     loader = train_loader(index)
-    batch = loader.dataset[(3, 1)]  # type: ignore[index]
+    batch, _ = loader.dataset[(3, 1)]  # type: ignore[index]
     plan = loader.dataset._plan(3, 1)  # type: ignore[attr-defined]
     for row, sample in enumerate(plan.samples):
         top, left, height, width = plan.windows[row].tolist()
