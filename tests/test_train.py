@@ -155,8 +155,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=lambda value: "".join(value)[:30])
 def test_mistakes_end_in_one_line(
-    arguments: list[str], named: str, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    train_tiny: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # on any machine
     Path("empty").mkdir()
     assert train_tiny(*arguments) == 2
     line = capsys.readouterr().err.strip().splitlines()
