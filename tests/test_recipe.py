@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import train_in
+from helpers import needs_compiler
 from omegaconf import OmegaConf
 from test_classifier import RECIPE
 from timm.loss import LabelSmoothingCrossEntropy
@@ -245,6 +246,7 @@ def test_finetune_starts_from_weights_and_freezes_the_backbone(train_tiny: Progr
     assert train_tiny("name=fused", *options, f"weights={weights.with_name('model_fused.safetensors')}") == 2
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_compiled_training_keeps_the_keys(train_tiny: Program) -> None:
     # Of one step, as later ones amplify what was rounded.

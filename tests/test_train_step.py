@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_compiler
 from runs import PowerCut, cut_after
 from test_classifier import RECIPE
 from torch._dynamo.utils import counters
@@ -134,9 +135,12 @@ print(sum(pages() for _ in range(8)))
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
+    if not before:
+        pytest.skip("this system does not count page faults")
     assert after < before / 2
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_the_compiled_augmentation_has_the_same_bits() -> None:
     from helpers import photographs
@@ -158,6 +162,7 @@ def test_the_compiled_augmentation_has_the_same_bits() -> None:
             assert torch.equal(one, other)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_to_the_same_bits(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("compile=true", f"data.cache={Path.cwd()}/cache")
