@@ -1,13 +1,25 @@
-"""What several tests share: BatchNorms that are not fresh, and photographs."""
+"""What several tests share: BatchNorms that are not fresh, photographs, and whether there is a compiler."""
 
+import os
+import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pytest
 import skimage.data
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# What torch.compile needs on a CPU.
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]))
+    or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="needs a C++ compiler and the headers of Python",
+)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ class Process:
         path = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
-    def ends(self, within: float = 60) -> int:
+    def ends(self, within: float = 600) -> int:
         """The exit code, once every process of the session has ended."""
         code = self._process.wait(within)
         until = time.monotonic() + within

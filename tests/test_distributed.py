@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import TINY
 
@@ -19,7 +20,7 @@ def launch(folder: Path, program: str, *arguments: str, ranks: int = 2) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(ROOT / program), *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=240,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -41,7 +42,7 @@ def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> 
     launch(tmp_path, "evaluate.py", f"run={run}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=5")
     again = json.loads((run / "evaluation.json").read_text())
     assert again["images"] == 15 and again["top1"] == evaluation["top1"]
-    assert abs(again["loss"] - evaluation["loss"]) < 1e-6
+    assert again["loss"] == pytest.approx(evaluation["loss"], rel=1e-4), "batches of another size round otherwise"
 
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["train_sums"].shape == (2, 2), "a row for each rank"

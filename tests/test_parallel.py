@@ -63,11 +63,11 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     script.write_text(code)
     paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
     run = subprocess.run(
-        [sys.executable, script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=60
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=600
     )
     assert run.returncode == -signal.SIGKILL
     worker = int(run.stdout)
-    for _ in range(1000):
+    for _ in range(6000):
         if not os.path.exists(f"/proc/{worker}") or "State:\tZ" in _status(worker):
             return
         time.sleep(0.01)

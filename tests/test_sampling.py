@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
@@ -13,6 +13,8 @@ from data.crops import crop_windows, evaluation_sizes, interpolations
 from data.sampling import DRAWS, Partition, epoch_order, uniforms
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+# The same examples everywhere, however slow the machine is; nothing is kept in the working directory.
+EVERYWHERE = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def test_order_is_a_permutation_of_seed_and_epoch() -> None:
@@ -32,7 +34,7 @@ def test_the_streams_do_not_change_between_versions() -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(0, 500), st.integers(0, 10**7), st.integers(1, 40), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(EVERYWHERE, max_examples=50)
 def test_draws_of_a_position_do_not_depend_on_the_batch(
     seed: int, epoch: int, start: int, count: int, data: st.DataObject
 ) -> None:
@@ -57,7 +59,7 @@ def test_draws_are_uniform_and_independent() -> None:
     ranks=st.integers(1, 8),
     accumulate=st.integers(1, 3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(EVERYWHERE, max_examples=200)
 def test_training_batches_are_whole_and_disjoint(samples: int, rows: int, ranks: int, accumulate: int) -> None:
     parts = [Partition(samples, rows, rank, ranks, accumulate) for rank in range(ranks)]
     positions = [p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + rows)]
@@ -66,7 +68,7 @@ def test_training_batches_are_whole_and_disjoint(samples: int, rows: int, ranks:
 
 
 @given(samples=st.integers(1, 400), rows=st.integers(1, 17), ranks=st.integers(1, 8))
-@settings(max_examples=200, deadline=None)
+@settings(EVERYWHERE, max_examples=200)
 def test_validation_counts_each_image_once(samples: int, rows: int, ranks: int) -> None:
     parts = [Partition(samples, rows, rank, ranks, drop_last=False) for rank in range(ranks)]
     assert len({part.batches for part in parts}) == 1
@@ -97,7 +99,7 @@ def test_windows_follow_random_resized_crop(height: int, width: int) -> None:
     image = Image.new("L", (width, height))
     theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(count)])
     for column in range(4):
-        assert stats.ks_2samp(mine[:, column], theirs[:, column]).pvalue > 1e-4
+        assert stats.ks_2samp(mine[:, column], theirs[:, column], method="asymp").pvalue > 1e-4
 
 
 def test_windows_of_one_pixel() -> None:

@@ -46,16 +46,16 @@ def test_a_process_that_does_not_answer_ends_all_the_same() -> None:
 import os, signal, time
 from repghost.training.signals import StopSignals
 for answers in (True, False):
-    with StopSignals(exit_code=75, grace_seconds=0.2) as signals:
+    with StopSignals(exit_code=75, grace_seconds=1.5) as signals:
         signals.defer()
         os.kill(os.getpid(), signal.SIGTERM)
         if answers:
             signals.answered()  # what follows may take its time
-        time.sleep(2)
+        time.sleep(2.5 if answers else 600)
     print("a checkpoint was written" if answers else "no deadline was kept", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 75 and "no batch ended within 0.2 s" in done.stderr
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 75 and "no batch ended within 1.5 s" in done.stderr
     assert done.stdout == "a checkpoint was written\n"
 
 
@@ -98,7 +98,7 @@ def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, mon
     """One run that is stopped, loses rank 1, and is finished, beside one that is left alone."""
     run = tmp_path / "outputs" / "run"
     whole = process(*RANKS, "name=whole")
-    assert whole.ends(120) == 0, whole.said
+    assert whole.ends() == 0, whole.said
 
     running = trained(process(*RANKS), 1)
     running.signal(signal.SIGTERM)
@@ -115,7 +115,7 @@ def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, mon
     assert running.said.splitlines()[-1].startswith("error: rank 1 of this machine was ended by SIGKILL")
 
     running = process(*RANKS)
-    assert running.ends(120) == 0, running.said
+    assert running.ends() == 0, running.said
     assert differences(tmp_path / "outputs" / "whole", run) == []
 
     seen = images_trained_on(monkeypatch)

@@ -39,7 +39,7 @@ def sweep(folder: Path, shards: Path, *arguments: str) -> subprocess.CompletedPr
     """Runs train.py -m in `folder`."""
     return subprocess.run(
         [*command(shards, *arguments), "-m"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=240,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_a_signal_stops_the_sweep_and_its_job(shards: Path, tmp_path: Path) -> N
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.stdout.read()
-        assert process.wait(60) == 75
+        assert process.wait(600) == 75
     assert "interrupted in [1/2] seed=0: the same command goes on from there" in rest and "seed=1" not in rest
     (run,) = (path for path in (tmp_path / "outputs").iterdir() if path.name != ".sweep")
     assert (run / "checkpoints" / "last.ckpt").exists() and not (run / "evaluation.json").exists()
@@ -199,7 +199,7 @@ def test_a_server_that_is_not_there_stops_nothing(shards: Path, tmp_path: Path) 
         port = closed.getsockname()[1]
     done = subprocess.run(
         command(shards, "name=a", "epochs=1", "logger=wandb", "logger.settings.init_timeout=1"),
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
         env=environment(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

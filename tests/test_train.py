@@ -126,7 +126,7 @@ def test_folders_of_grey_images_need_no_code(train_tiny: Program, tmp_path: Path
 
 
 def test_the_embedded_digits_train(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("data=digits", "data.cache=cache", "epochs=1", "batch_size=64") == 0
+    assert train_tiny("data=digits", "data.cache=cache", "epochs=1", "batch_size=64", "data.eval_batch_size=100") == 0
     assert "10 classes" in capsys.readouterr().out
 
 
@@ -155,8 +155,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "named"), MISTAKES, ids=lambda value: "".join(value)[:30])
 def test_mistakes_end_in_one_line(
-    arguments: list[str], named: str, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    train_tiny: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # on any machine
     Path("empty").mkdir()
     assert train_tiny(*arguments) == 2
     line = capsys.readouterr().err.strip().splitlines()

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_compiler
 from runs import PowerCut, cut_after
 from test_classifier import RECIPE
 from torch._dynamo.utils import counters
 
+import train
 from benchmarks import scaling, simulate_ranks, train_step
 from repghost.errors import UserError
 from repghost.model import repghostnet
@@ -43,8 +45,9 @@ def trained(steps: int, **options: object) -> ImageClassifier:
 
 
 def test_the_step_is_one_graph_and_compiled_once(monkeypatch: pytest.MonkeyPatch, train_tiny: Program) -> None:
-    # Graphs are those of every backend; this one does without a compiler.
+    # Graphs are those of every backend; this one does without a compiler, which this machine may not have.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(train, "compiles", lambda wanted, device: wanted)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -132,9 +135,12 @@ print(sum(pages() for _ in range(8)))
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
+    if not before:
+        pytest.skip("this system does not count page faults")
     assert after < before / 2
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_the_compiled_augmentation_has_the_same_bits() -> None:
     from helpers import photographs
@@ -156,6 +162,7 @@ def test_the_compiled_augmentation_has_the_same_bits() -> None:
             assert torch.equal(one, other)
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_a_compiled_run_is_resumed_to_the_same_bits(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("compile=true", f"data.cache={Path.cwd()}/cache")

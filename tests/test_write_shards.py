@@ -114,14 +114,15 @@ def test_bytes_depend_on_the_seed_alone(images, tmp_path):
 def test_a_restart_writes_only_what_is_missing(images, tmp_path):
     write_folder(images, tmp_path, **QUIET)
     before = shard_bytes(tmp_path)
-    times = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.tar")}
+    for path in tmp_path.glob("*.tar"):
+        os.utime(path, (0, 0))  # which no new file has, however coarse the times of the file system are
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "train-000001.tar").unlink()
     os.truncate(tmp_path / "val-000000.tar", 1000)
     (tmp_path / ".train-000001.tar.x.tmp").write_bytes(b"what a killed run leaves")
     write_folder(images, tmp_path, **QUIET)
     assert shard_bytes(tmp_path) == before
-    rewritten = {p.name for p in tmp_path.glob("*.tar") if p.stat().st_mtime_ns != times[p.name]}
+    rewritten = {p.name for p in tmp_path.glob("*.tar") if p.stat().st_mtime != 0}
     assert rewritten == {"train-000001.tar", "val-000000.tar"}
 
 
