@@ -30,7 +30,7 @@ from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError, print_rank_zero
 from repghost.training.classifier import step_seed
 
-SPLITS = {"fit": ("train", "val"), "validate": ("val",)}  # of Lightning's stages
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "show": ("train",)}  # of Lightning's stages and data.show
 
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 
@@ -85,7 +85,7 @@ class ImageNetData(DataModule):
     # -- what the data set is --------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Loads the indexes of a stage ("fit" or "validate") that are not loaded yet.
+        """Loads the indexes of a stage ("fit", "validate", or "show" for data.show) that are not loaded yet.
 
         Shards at a URL are downloaded into the cache folder first.
         """

@@ -91,6 +91,29 @@ def test_global_batches_do_not_depend_on_ranks(ranks: int, accumulate: int) -> N
         assert seen == set(range(step * batch, (step + 1) * batch))
 
 
+@pytest.mark.parametrize(("ranks", "batch_size", "accumulate"), [(512, 128, 1), (64, 32, 4), (7, 100, 3)])
+def test_imagenet_is_shared_out_evenly_completely_and_without_repetition(
+    ranks: int, batch_size: int, accumulate: int
+) -> None:
+    """Every rank has the same number of batches; a step's samples are the next ones of the epoch's order."""
+    for samples, training in ((1_281_167, True), (50_000, False)):
+        shards = [
+            RankSampler(samples, batch_size, rank, ranks, accumulate if training else 1, drop_last=training)
+            for rank in range(ranks)
+        ]
+        (batches,) = {shard.batches for shard in shards}
+        starts = np.array([[shard.start(batch) for shard in shards] for batch in range(batches)])
+        positions = (starts[..., None] + np.arange(batch_size)).reshape(-1)
+        assert (positions == np.arange(len(positions))).all()
+        left_out = samples - len(positions)
+        if training:
+            assert batches % accumulate == 0 and left_out == samples % (ranks * batch_size * accumulate)
+            visited = epoch_order(0, 1, samples)[positions]
+            assert len(np.unique(visited)) == len(visited)
+        else:
+            assert left_out <= 0, "positions beyond the last image are masked"
+
+
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (30, 400), (400, 30)])
 def test_windows_follow_random_resized_crop(height: int, width: int) -> None:
     count = 3000
