@@ -1,6 +1,6 @@
 """Images per second of this project's loaders beside timm's and torchvision's: same files, same cores, same run.
 
-    python benchmarks/loader.py
+    python benchmarks/loader.py (or python -m benchmarks.loader)
 
 makes JPEG files like ImageNet's (benchmarks/corpus.py) and shards of them, and lets the pipelines below take turns,
 --repetitions times. A pipeline has as many worker processes as cores, and the consuming process shares those cores
@@ -44,7 +44,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # started as a file, not as python -m benchmarks.loader
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.corpus import TRAIN, corpus
 from data.crops import RandomCrops

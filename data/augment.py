@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from data import sampling
-from data.rand_augment import RandAugment, blend, channels, grey, mean_grey
+from data.pil_ops import blend, channels, grey, mean_grey
+from data.rand_augment import RandAugment
 from repghost.errors import UserError, run_command
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -154,7 +155,8 @@ class Augment:
         mean, std = self._constants(images)
         for rows in _pieces(images):
             pixels = flip(images[rows], flipped[rows], grouped=True)
-            pixels = self._colour(pixels, uniforms[rows], colour and (colour[0][rows], colour[1][rows]), grouped=True)
+            part = None if colour is None else (colour[0][rows], colour[1][rows])
+            pixels = self._colour(pixels, uniforms[rows], part, grouped=True)
             normalize(pixels, mean, std, result[rows])
             if boxes is not None:
                 erase_in_place(result[rows], boxes[rows], generator)

@@ -1,15 +1,21 @@
 """The torch loader: pixels against PIL, whole batches, faults."""
 
 import io
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from images import encoded, patch
 from PIL import Image
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import CenterCrops, RandomCrops
+from data.datamodule import cpus_per_rank
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions, ShardReader, decode
 from data.sampling import NUM_UNIFORMS, RankSampler
@@ -167,3 +173,30 @@ def test_a_bad_image_within_the_budget_is_masked(
     labels = torch.cat([batch[1] for batch in loader])
     assert (labels < 0).sum() == 1
     assert index.name(7) in caplog.text
+
+
+def test_the_private_parts_of_torch_that_are_used_exist(index: Index) -> None:
+    """What data.torch_loader touches when a worker was killed."""
+    loader = train_loader(index, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for name in ("_worker_pids_set", "_shutdown", "_workers"):
+        assert hasattr(loader._iterator, name), name
+    assert callable(_remove_worker_pids)
+
+
+def shares(rank: int, store: Path, cores: list[int]) -> tuple[int, int]:
+    """cpus_per_rank of one of two ranks: on the same cores, then on one core each."""
+    os.sched_setaffinity(0, cores)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    together = cpus_per_rank()
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    return together, cpus_per_rank()
+
+
+def test_auto_workers_share_the_cores_that_the_ranks_may_use(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    assert cpus_per_rank() == len(cores)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for together, apart in pool.map(shares, range(2), [tmp_path / "store"] * 2, [cores] * 2):
+            assert (together, apart) == (max(1, len(cores) // 2), 1)

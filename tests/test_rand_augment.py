@@ -12,12 +12,12 @@ from timm.data import auto_augment as timm_ops
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from data.pil_ops import affine
 from data.rand_augment import (
     AUTO_CONTRAST,
     NONE,
     OPERATIONS,
     RandAugment,
-    affine,
     apply_operations,
     matrices,
 )

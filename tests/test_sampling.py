@@ -97,12 +97,12 @@ def test_imagenet_is_shared_out_evenly_completely_and_without_repetition(
 ) -> None:
     """Every rank has the same number of batches; a step's samples are the next ones of the epoch's order."""
     for samples, training in ((1_281_167, True), (50_000, False)):
-        shards = [
+        samplers = [
             RankSampler(samples, batch_size, rank, ranks, accumulate if training else 1, drop_last=training)
             for rank in range(ranks)
         ]
-        (batches,) = {shard.batches for shard in shards}
-        starts = np.array([[shard.start(batch) for shard in shards] for batch in range(batches)])
+        (batches,) = {sampler.batches for sampler in samplers}
+        starts = np.array([[sampler.start(batch) for sampler in samplers] for batch in range(batches)])
         positions = (starts[..., None] + np.arange(batch_size)).reshape(-1)
         assert (positions == np.arange(len(positions))).all()
         left_out = samples - len(positions)
