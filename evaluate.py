@@ -45,18 +45,19 @@ def main(config: DictConfig) -> None:
         "report": [config.report] if isinstance(config.report, str) else list(config.report or ()),
         "folder": folder,
     }
+    data = instantiate(config.data)
     if config.run is not None:
-        data = instantiate(config.data).load("val")
+        data.setup("validate")
         evaluation = evaluate_selection(Path(config.run), config.selection, trainer, data, config.image_size, **options)
         title = f"{config.run}, EMA, {config.selection} epoch"
     elif exported is not None:
-        data = instantiate(config.data).load("val")
+        data.setup("validate")
         evaluation = evaluate_exported(exported, trainer, data, **options)
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
         title = str(config.weights)
     else:
         model = load_model(config.weights, config.width)
-        data = instantiate(config.data).load("val")
+        data.setup("validate")
         evaluation = evaluate_model(model, trainer, data, config.width, config.image_size, **options)
         evaluation |= {"weights": str(config.weights), "epoch": None, "selection": None}
         title = f"{config.weights}, width {config.width:g}"

@@ -46,7 +46,8 @@ def main(config: DictConfig) -> None:
         plugins=[AtomicCheckpointIO()],
     )
     with checkpoints.signals, ranks_end_together(trainer):
-        data = instantiate(config.data).load("train", "val")
+        data = instantiate(config.data)
+        data.setup("fit")
         write_class_names(directory, data.index("train").classes)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
         model = instantiate(config.model, num_classes=data.num_classes)

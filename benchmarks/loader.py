@@ -1,6 +1,6 @@
 """Images per second of this project's loaders beside timm's and torchvision's: same files, same cores, same run.
 
-    python benchmarks/loader.py
+    python benchmarks/loader.py (or python -m benchmarks.loader)
 
 makes JPEG files like ImageNet's (benchmarks/corpus.py) and shards of them, and lets the pipelines below take turns,
 --repetitions times. A pipeline has as many worker processes as cores, and the consuming process shares those cores
@@ -44,15 +44,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # started as a file, not as python -m benchmarks.loader
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.corpus import TRAIN, corpus
-from data.crops import TrainPlan
+from data.crops import RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
-from data.reader import ShardReader, decode, resize
-from data.sampling import Partition
-from data.torch_loader import PlannedBatches, TorchLoader
+from data.reader import LoaderOptions, ShardReader, decode, resize
+from data.sampling import RankSampler
+from data.torch_loader import CroppedBatches, TorchLoader
 from data.write_shards.write import write_folder
 from repghost.run import resolve_recipe
 
@@ -74,10 +75,10 @@ class Setting:
     recipe: DictConfig
     batch_size: int
 
-    def plan(self, index: Index) -> TrainPlan:
+    def crops(self, index: Index) -> RandomCrops:
         """The recipe's crops of an index."""
-        crop = {"image_size": IMAGE_SIZE, "scale": self.recipe.scale, "ratio": self.recipe.ratio}
-        return TrainPlan(index, Partition(len(index), self.batch_size), seed=0, **crop)
+        sampler = RankSampler(len(index), self.batch_size)
+        return RandomCrops(index, sampler, IMAGE_SIZE, 0, self.recipe.scale, self.recipe.ratio)
 
 
 # -- the pipelines: (setting, workers) -> batches ----------------------------------------------------------------------
@@ -135,27 +136,19 @@ def _torchvision(setting: Setting, workers: int, end: list[torch.nn.Module]) -> 
 
 def ours(setting: Setting, workers: int, index: str = "original", kind: type = TorchLoader) -> Iterable[Any]:
     """This project's loaders: uint8 batches."""
-    return kind(
-        setting.plan(getattr(setting, index)),
-        image_size=IMAGE_SIZE,
-        workers=workers,
-        prefetch=PREFETCH,
-        pin_memory=False,
-        position=lambda: (0, 0),
-        skip_bad=0,
-    )
+    return kind(setting.crops(getattr(setting, index)), LoaderOptions(workers=workers, prefetch=PREFETCH))
 
 
 def ours_recipe(setting: Setting, workers: int, index: str = "original", kind: type = TorchLoader) -> Iterator[Tensor]:
     """The same, augmented and normalized in this process: what timm's loader yields."""
     augment = instantiate(setting.recipe.augment)
-    for images, _, _, draws in ours(setting, workers, index, kind):
-        yield augment.train(images, draws)
+    for batch in ours(setting, workers, index, kind):
+        yield augment.train(batch.images, batch.uniforms)
 
 
 def cold(setting: Setting, workers: int) -> Iterator[Any]:
     """The torch loader's uint8 batches from shards that the page cache does not hold."""
-    index, plan = setting.original, setting.plan(setting.original)
+    index, crops = setting.original, setting.crops(setting.original)
     with ExitStack() as stack:
         files = [stack.enter_context(open(shard, "rb")).fileno() for shard in index.shards]
         for file in files:
@@ -163,7 +156,7 @@ def cold(setting: Setting, workers: int) -> Iterator[Any]:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         for number, batch in enumerate(ours(setting, workers)):
             yield batch
-            for sample in index.samples[plan(0, number).samples]:  # the index repeats: they come again
+            for sample in index.samples[crops(0, number).samples]:  # the index repeats: they come again
                 start, length = int(sample["offset"]) - READ_AHEAD, int(sample["size"]) + 2 * READ_AHEAD
                 os.posix_fadvise(files[sample["shard"]], max(0, start), length, os.POSIX_FADV_DONTNEED)
 
@@ -264,9 +257,9 @@ def _cpu_seconds() -> float:
 
 def stages(setting: Setting, batches: int) -> dict[str, float]:
     """Milliseconds of CPU time of each stage that one image passes in a worker, before its batch is handed over."""
-    plans, reader = setting.plan(setting.original), ShardReader(setting.original)
-    plans(0, 0)  # draws the order of the epoch, once
-    spent = dict.fromkeys(("plan", "read", "checksum", "decode", "resize"), 0.0)
+    all_crops, reader = setting.crops(setting.original), ShardReader(setting.original)
+    all_crops(0, 0)  # draws the order of the epoch, once
+    spent = dict.fromkeys(("crops", "read", "checksum", "decode", "resize"), 0.0)
     clock = 0.0
 
     def lap(stage: str) -> None:
@@ -277,18 +270,18 @@ def stages(setting: Setting, batches: int) -> dict[str, float]:
 
     for batch in range(batches):
         clock = time.thread_time()
-        plan = plans(0, batch)
-        reader.announce(plan.samples)
-        lap("plan")
-        for row, sample in enumerate(plan.samples.tolist()):
+        crops = all_crops(0, batch)
+        reader.readahead(crops.samples)
+        lap("crops")
+        for row, sample in enumerate(crops.samples.tolist()):
             content = reader.read(sample)
             lap("read")
             zlib.crc32(content)
             lap("checksum")
             image = decode(content)
             lap("decode")
-            top, left, height, width = plan.windows[row].tolist()
-            resize(image[:, top : top + height, left : left + width], plan, row, IMAGE_SIZE)
+            top, left, height, width = crops.windows[row].tolist()
+            resize(image[:, top : top + height, left : left + width], crops, row)
             lap("resize")
     return {**spent, "read": spent["read"] - spent["checksum"]}  # the reader has checked it, too
 
@@ -361,7 +354,7 @@ def stage_rows(setting: Setting, seconds: float, repetitions: int) -> Iterator[d
 
 def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]:
     """CPU time of what the training device does to an image: both kinds of colour augmentation, one thread."""
-    batch = PlannedBatches(setting.plan(setting.original), IMAGE_SIZE, keep_going=False)[(0, 0)][0]
+    batch = CroppedBatches(setting.crops(setting.original))[0, 0][0]
     for name, width in (("jitter, widths up to 1.11", 1.0), ("RandAugment, widths from 1.3", 1.3)):
         augment = instantiate(paper_recipe(width).augment)
         times = []

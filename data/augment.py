@@ -1,9 +1,9 @@
 """From decoded, cropped images to the network: flip, colour, RandAugment, normalize, erase, on batches.
 
-One implementation for both loaders, on the training device. Every decision comes from the draws of
-`data.sampling`; only the noise of erased pixels is drawn here, from torch's generator. Two paths give the
-same bits: one treats all samples alike and never waits for the device (GPUs, torch.compile), one walks
-through pieces that fit a CPU's cache and does for each sample only what was drawn for it.
+One implementation for both loaders, on the training device. Every decision comes from the uniforms of `data.sampling`;
+only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one treats all
+samples alike and never waits for the device (GPUs, torch.compile), one walks through pieces that fit a CPU's cache and
+does for each sample only what was drawn for it.
 Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
 Check: `pytest tests/test_augment.py`.
 """
@@ -18,17 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data.rand_augment import RandAugment, blend, channels, grey, mean_grey
-from data.sampling import (
-    ERASE,
-    ERASE_ATTEMPTS,
-    ERASE_LEFT,
-    ERASE_SHAPE,
-    ERASE_TOP,
-    FLIP,
-    JITTER,
-    JITTER_ORDER,
-)
+from data import sampling
+from data.pil_ops import blend, channels, grey, mean_grey
+from data.rand_augment import RandAugment
 from repghost.errors import UserError, run_command
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -50,11 +42,11 @@ class Jitter:
     saturation: float
 
     def draw(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors float32 [N, 3] and orders int64 [N] of `jitter`, from the draws float32 [N, DRAWS]."""
+        """Factors float32 [N, 3] and orders int64 [N] of `jitter`, from float32 [N, NUM_UNIFORMS]."""
         strengths = (self.brightness, self.contrast, self.saturation)
-        draws = uniforms[:, JITTER].unbind(1)
-        factors = [_between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(draws, strengths, strict=True)]
-        order = (uniforms[:, JITTER_ORDER].double() * len(ORDERS)).floor().long()
+        shares = uniforms[:, sampling.JITTER].unbind(1)
+        factors = [_between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(shares, strengths, strict=True)]
+        order = (uniforms[:, sampling.JITTER_ORDER].double() * len(ORDERS)).floor().long()
         return torch.stack(factors, dim=1), order
 
 
@@ -75,26 +67,26 @@ class Erase:
         As timm's RandomErasing: the first of ten attempts, area uniform and aspect log-uniform, that is
         smaller than the image on both sides, placed uniformly; nothing is erased if none is.
         """
-        draws = uniforms.double()
-        attempts = draws[:, ERASE_SHAPE].reshape(-1, ERASE_ATTEMPTS, 2)
+        uniforms = uniforms.double()
+        attempts = uniforms[:, sampling.ERASE_SHAPE].reshape(-1, sampling.ERASE_ATTEMPTS, 2)
         area = _between(attempts[..., 0], *self.area) * (height * width)
         aspect = _between(attempts[..., 1], *(math.log(value) for value in self.aspect)).exp()
         h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         fits = (h < height) & (w < width)
         first = fits.long().argmax(dim=1, keepdim=True)  # of equal values the first
         h, w = h.gather(1, first).flatten(), w.gather(1, first).flatten()
-        erased = fits.any(dim=1) & (draws[:, ERASE] < self.probability)
-        top = (draws[:, ERASE_TOP] * (height - h + 1)).floor()
-        left = (draws[:, ERASE_LEFT] * (width - w + 1)).floor()
+        erased = fits.any(dim=1) & (uniforms[:, sampling.ERASE] < self.probability)
+        top = (uniforms[:, sampling.ERASE_TOP] * (height - h + 1)).floor()
+        left = (uniforms[:, sampling.ERASE_LEFT] * (width - w + 1)).floor()
         return torch.stack([top, left, h, w], dim=1).long() * erased.unsqueeze(1)
 
 
 class Augment:
     """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W], for training and for evaluation.
 
-    flip: probability of a horizontal flip; jitter, rand_augment, erase: the values of `Jitter`, `RandAugment`
-    and `Erase`, or None for without; mean, std: of each channel, of pixels scaled to [0, 1]. A key that is
-    missing or unknown is an error.
+    flip: probability of a horizontal flip; jitter, rand_augment, erase: the values of `Jitter`, `RandAugment` and
+    `Erase`, or None for without; mean, std: of each channel, of pixels scaled to [0, 1]. A key that is missing or
+    unknown is an error.
     """
 
     def __init__(
@@ -122,9 +114,9 @@ class Augment:
     ) -> Tensor:
         """Augment and normalize.
 
-        images: uint8 [N, 3, H, W]; uniforms: float32 [N, DRAWS] on the same device; generator: of the erasing
-        noise, torch's global one if None; grouped: which of the two paths, chosen by the device if None. They
-        differ in nothing but the erasing noise.
+        images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; generator: of the erasing
+        noise, torch's global one if None; grouped: which of the two paths, chosen by the device if None. They differ in
+        nothing but the erasing noise.
         """
         if grouped is None:
             grouped = _prefers_groups(images)
@@ -141,34 +133,6 @@ class Augment:
             self._train_mixed, fullgraph=True, dynamic=False, options=_AS_EAGER
         )
 
-    def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
-        pixels = flip(images, uniforms[:, FLIP] < self.flip, grouped=False)
-        if self.rand_augment is not None:
-            pixels = self.rand_augment(pixels, uniforms, grouped=False)
-        if self.jitter is not None:
-            pixels = jitter(pixels, *self.jitter.draw(uniforms), grouped=False)
-        pixels = normalize(pixels, *self._constants(images))
-        if self.erase is not None and noise is not None:
-            pixels = erase(pixels, self.erase.boxes(uniforms, *images.shape[2:]), noise)
-        return pixels
-
-    def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
-        flipped = uniforms[:, FLIP] < self.flip
-        colour = None if self.jitter is None else self.jitter.draw(uniforms)
-        boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
-        mean, std = self._constants(images)
-        result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            pixels = flip(images[rows], flipped[rows], grouped=True)
-            if self.rand_augment is not None:
-                pixels = self.rand_augment(pixels, uniforms[rows], grouped=True)
-            if colour is not None:
-                pixels = jitter(pixels, colour[0][rows], colour[1][rows], grouped=True)
-            pixels = normalize(pixels, mean, std, result[rows])
-            if boxes is not None:
-                erase_in_place(pixels, boxes[rows], generator)
-        return result
-
     def evaluate(self, images: Tensor) -> Tensor:
         """Normalize uint8 [N, 3, H, W], nothing else: float32."""
         mean, std = self._constants(images)
@@ -178,6 +142,36 @@ class Augment:
         for rows in _pieces(images):
             normalize(images[rows], mean, std, result[rows])
         return result
+
+    def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
+        flipped, colour, boxes = self._draw(images, uniforms)
+        pixels = self._colour(flip(images, flipped, grouped=False), uniforms, colour, grouped=False)
+        pixels = normalize(pixels, *self._constants(images))
+        return pixels if boxes is None or noise is None else erase(pixels, boxes, noise)
+
+    def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
+        flipped, colour, boxes = self._draw(images, uniforms)  # once: drawing for every piece would cost more
+        result = torch.empty_like(images, dtype=torch.float32)
+        mean, std = self._constants(images)
+        for rows in _pieces(images):
+            pixels = flip(images[rows], flipped[rows], grouped=True)
+            part = None if colour is None else (colour[0][rows], colour[1][rows])
+            pixels = self._colour(pixels, uniforms[rows], part, grouped=True)
+            normalize(pixels, mean, std, result[rows])
+            if boxes is not None:
+                erase_in_place(result[rows], boxes[rows], generator)
+        return result
+
+    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Whether to flip (bool [N]), factors and order of `jitter`, boxes to erase."""
+        colour = None if self.jitter is None else self.jitter.draw(uniforms)
+        boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
+        return uniforms[:, sampling.FLIP] < self.flip, colour, boxes
+
+    def _colour(self, pixels: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
+        if self.rand_augment is not None:
+            pixels = self.rand_augment(pixels, uniforms, grouped)
+        return pixels if colour is None else jitter(pixels, *colour, grouped)
 
     def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
@@ -190,7 +184,7 @@ def _prefers_groups(images: Tensor) -> bool:
 
 
 def _pieces(images: Tensor) -> Iterator[slice]:
-    """Rows of each piece that a cache holds."""
+    """Rows of each piece that a CPU's cache holds."""
     piece = max(1, _CACHED // images[0].numel())
     return (slice(start, start + piece) for start in range(0, len(images), piece))
 
@@ -230,8 +224,7 @@ def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
 def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Tensor:
     """Brightness, contrast and saturation by factors float32 [N, 3], in the order ORDERS[order] (int64 [N]).
 
-    images: uint8 [N, 3, H, W]; float32 of the integers 0 to 255, equal to torchvision's ColorJitter on PIL
-    images.
+    images: uint8 [N, 3, H, W]; float32 of the integers 0 to 255, equal to torchvision's ColorJitter on PIL images.
     """
     pixels = images.float()
     if not grouped:
@@ -244,18 +237,13 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Ten
             pixels = blend(degenerate, pixels, factor)
         return pixels
 
-    sequences = set(order.tolist())
-    for sequence in sequences:
-        chosen = slice(None) if len(sequences) == 1 else order == sequence
-        group = pixels[chosen]  # a copy, unless all are in it
+    for image, image_factors, sequence in zip(pixels.split(1), factors.tolist(), order.tolist(), strict=True):
         for knob in ORDERS[sequence]:
-            _blend_in_place(group, knob, factors[chosen, knob].view(-1, 1, 1, 1))
-        if len(sequences) > 1:
-            pixels[chosen] = group
+            _blend_in_place(image, knob, image_factors[knob])
     return pixels
 
 
-def _blend_in_place(pixels: Tensor, knob: int, factor: Tensor) -> None:
+def _blend_in_place(pixels: Tensor, knob: int, factor: float) -> None:
     """`blend` of float32 [N, 3, H, W] with what a factor of 0 leaves of it: black, its mean grey or its grey."""
     if knob == BRIGHTNESS:
         pixels.mul_(factor)
@@ -293,6 +281,6 @@ def _options(kind: type[T], name: str, values: Mapping[str, Any] | None) -> T | 
 
 
 if __name__ == "__main__":
-    from data.show import main  # what builds a data set imports this module
+    from data.show import main  # imports this module
 
     sys.exit(run_command(main))

@@ -1,10 +1,11 @@
 """The DALI loader: NVIDIA DALI decodes, on the GPU where there is one, and keeps ahead of the training.
 
-It yields the batches of data.torch_loader and plans them with the same code. On a CPU, DALI decodes only the region
-that a crop needs, pixel for pixel as PIL does, and torch resizes it, so that both loaders yield the same bytes. On a
-GPU, DALI decodes, crops and resizes there; its kernels differ from PIL's by a value or two out of 255.
-DALI cannot skip an image that does not decode, it ends. So none gets there unless its checksum holds, what DALI reads
-unlike PIL goes in decoded, and a batch that it fails at after all is decoded here, where each image fails by itself.
+It yields the batches of `data.torch_loader`, from the same crops. On a CPU, DALI decodes only the region that a crop
+needs, pixel for pixel as PIL does, and torch resizes it, so that both loaders yield the same bytes. On a GPU, DALI
+decodes, crops and resizes there; its kernels differ from PIL's by a value or two out of 255.
+One image that does not decode ends a DALI pipeline. So no image gets there unless its checksum holds, files that DALI
+and PIL read differently are decoded here, and when a pipeline fails all the same, its batches are decoded here, where
+a bad image is one line.
 Check: `pytest tests/test_dali_loader.py`.
 """
 
@@ -12,9 +13,8 @@ import io
 import logging
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -24,9 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.crops import BatchPlan, EvaluationPlan, Plan
-from data.reader import BadImage, ShardReader, SkipBudget, decode, jpeg_components, resize
-from data.torch_loader import Position
+from data.crops import BatchCrops, CenterCrops, Crops
+from data.reader import LoaderOptions, ShardReader, jpeg_components, resize, within_budget
 from repghost.dataset import Batch
 from repghost.errors import UserError
 
@@ -51,71 +50,57 @@ def _dali() -> Any:
 
 
 class DaliLoader:
-    """Batches of `plan` from the trainer's position on; its length is that of a full epoch.
+    """The batches of an epoch from `options.start` on; its length is that of a full epoch.
 
-    workers: threads that decode on the CPU. prefetch: batches that are made ahead, into the next epoch at the end of
-    one. pin_memory: of what is not on the GPU. position: called when an epoch is entered, gives (epoch, batch) to begin
-    at. skip_bad: images that may be masked per epoch before the loader gives up with the last one's error.
-    device_id: the GPU that decodes and that the images then are on; None for the CPU.
+    device_id: the GPU that decodes and that the images then are on; None for the CPU. Batches are made ahead into the
+    next epoch at the end of one.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        image_size: int,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool,
-        position: Position,
-        skip_bad: int,
-        device_id: int | None = None,
-    ) -> None:
+    def __init__(self, crops: Crops, options: LoaderOptions, device_id: int | None = None) -> None:
         _dali()
-        reader = ShardReader(plan.index)  # one for all streams: it keeps its files open
-        self._open = partial(_Stream, plan, reader, image_size, max(1, workers), max(1, prefetch), device_id)
+        self.crops = crops
+        self.options = options
+        self.device_id = device_id
+        self.reader = ShardReader(crops.index)  # one for all streams: it keeps its files open
         self._stream: _Stream | None = None
-        self._partition = plan.partition
-        self._epochs_differ = not isinstance(plan, EvaluationPlan)
-        self._pin_memory = pin_memory
-        self._position = position
-        self._skip_bad = skip_bad
 
     def __len__(self) -> int:
-        return self._partition.batches
+        return self.crops.sampler.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self._position()
-        first %= len(self)
+        epoch, first = self.options.start()
+        yield from within_budget(self._batches(epoch, first % len(self)), self.options.skip_bad)
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Batch, list[str]]]:
         stream = self._stream_at(epoch * len(self) + first)
-        budget = SkipBudget(self._skip_bad)
         for batch in range(first, len(self)):
             images, read = stream.next()
-            assert read.plan.positions[0] == self._partition.start(batch), "DALI lost or repeated a batch"
-            budget.spend(read.errors)
-            labels, positions, draws = map(torch.from_numpy, (read.labels, read.plan.positions, read.plan.draws))
-            yield Batch(*map(self._pinned, (images, labels, positions, draws)))
+            assert read.crops.positions[0] == self.crops.sampler.start(batch), "DALI lost or repeated a batch"
+            rest = map(torch.from_numpy, (read.labels, read.crops.positions, read.crops.uniforms))
+            yield Batch(*map(self._pinned, (images, *rest))), read.errors
 
     def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._pin_memory and not tensor.is_cuda else tensor
+        return tensor.pin_memory() if self.options.pin_memory and not tensor.is_cuda else tensor
 
     def _stream_at(self, iteration: int) -> "_Stream":
         """The stream whose next batch is that of `iteration`: the one that is open, if it stands there."""
         if self._stream is not None:
             ahead = iteration - self._stream.iteration
-            if ahead if self._epochs_differ else ahead % len(self):
+            if isinstance(self.crops, CenterCrops):  # every epoch is the same
+                ahead %= len(self)
+            if ahead:
                 self._stream.close()
                 self._stream = None
         if self._stream is None:
-            self._stream = self._open(iteration)
+            self._stream = _Stream(self, iteration)
         return self._stream
 
 
 @dataclass(frozen=True)
 class _Read:
-    """One batch as it was read. labels: int64 [rows], -1 for a row without an image. errors: a line for each image."""
+    """One batch as it was read. labels: int64 [N], -1 for a row without an image. errors: a line for each bad image."""
 
-    plan: BatchPlan
+    crops: BatchCrops
     labels: np.ndarray
     errors: list[str]
 
@@ -126,32 +111,17 @@ class _Stream:
     A thread of its own reads the files, waits for DALI, whose threads decode, and finishes the batches.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        reader: ShardReader,
-        image_size: int,
-        threads: int,
-        prefetch: int,
-        device_id: int | None,
-        iteration: int,
-    ) -> None:
+    def __init__(self, loader: DaliLoader, iteration: int) -> None:
         self.iteration = iteration
-        self._plan = plan
-        self._reader = reader
-        self._image_size = image_size
-        self._threads = threads
-        self._prefetch = prefetch
-        self._device_id = device_id
+        self._loader = loader
+        self._prefetch = max(1, loader.options.prefetch)
         self._thread = ThreadPoolExecutor(1)
-        started = self._thread.submit(self._start, iteration, careful=0)
-        self._ready: deque[Future[tuple[Tensor, _Read]]] = deque(
-            self._thread.submit(self._make) for _ in range(prefetch)
-        )
+        started = self._thread.submit(self._start, iteration)
+        self._ready = deque(self._thread.submit(self._make) for _ in range(self._prefetch))
         started.result()
 
     def next(self) -> tuple[Tensor, _Read]:
-        """The next batch; its images are uint8 [rows, 3, S, S]."""
+        """The next batch; its images are uint8 [N, 3, S, S]."""
         self._ready.append(self._thread.submit(self._make))
         self.iteration += 1
         return self._ready.popleft().result()
@@ -162,105 +132,90 @@ class _Stream:
 
     # -- in the thread ---------------------------------------------------------------------------------------------
 
-    def _start(self, iteration: int, careful: int) -> None:
-        """A pipeline from `iteration` on; before the iteration `careful` it gets nothing that needs decoding."""
-        self._made, self._careful = iteration, careful
-        on_gpu = self._device_id is not None
-        self._source = _Source(self._plan, self._reader, self._image_size, on_gpu, iteration, careful)
+    def _start(self, iteration: int, decoded_until: int = 0) -> None:
+        loader = self._loader
+        self._made = iteration
+        self._source = DaliSource(loader.crops, loader.reader, loader.device_id is not None, iteration, decoded_until)
         self._pipeline = _build_pipeline(
             self._source,
-            self._image_size,
-            batch_size=self._plan.partition.rows,
-            num_threads=self._threads,
+            loader.crops.image_size,
+            batch_size=loader.crops.sampler.batch_size,
+            num_threads=max(1, loader.options.workers),
             prefetch_queue_depth=self._prefetch,
-            device_id=self._device_id,
+            device_id=loader.device_id,
         )
 
     def _make(self) -> tuple[Tensor, _Read]:
         try:
             (output,) = self._pipeline.run()
         except RuntimeError:
-            if self._made < self._careful:
+            if self._made < self._source.decoded_until:
                 raise
-            batch = self._made % self._plan.partition.batches
+            batch = self._made % len(self._loader)
             log.warning("DALI cannot decode a file in batch %d or soon after it: they are decoded without it", batch)
-            self._start(self._made, careful=self._made + self._prefetch + 1)  # it was that far ahead
+            self._start(self._made, decoded_until=self._made + self._prefetch + 1)  # it was that far ahead
             (output,) = self._pipeline.run()
         self._made += 1
         read = self._source.read.popleft()
-        if self._device_id is None:
-            return self._resized(read, output), read
-        with torch.cuda.device(self._device_id):
+        if self._loader.device_id is None:
+            return _resized(read, output), read
+        with torch.cuda.device(self._loader.device_id):
             return torch.from_dlpack(output.as_tensor()), read
 
-    def _resized(self, read: _Read, regions: Any) -> Tensor:
-        """uint8 [rows, 3, S, S] on the CPU, of regions [h, w, 3], as the torch loader resizes them."""
-        plan, size = read.plan, self._image_size
-        images = np.zeros((plan.rows, 3, size, size), np.uint8)
-        for row in np.flatnonzero(read.labels >= 0):
-            region = torch.from_numpy(regions.at(row)).permute(2, 0, 1)
-            # Copied by numpy: torch would start threads for it.
-            images[row] = resize(region, plan, int(row), size).numpy()
-        return torch.from_numpy(images)
+
+def _resized(read: _Read, regions: Any) -> Tensor:
+    """uint8 [N, 3, S, S] on the CPU, of regions [h, w, 3], as the torch loader resizes them."""
+    size = read.crops.image_size
+    images = np.zeros((len(read.labels), 3, size, size), np.uint8)
+    for row in np.flatnonzero(read.labels >= 0).tolist():
+        region = torch.from_numpy(regions.at(row)).permute(2, 0, 1)
+        # Copied by numpy: torch would start threads for it.
+        images[row] = resize(region, read.crops, row).numpy()
+    return torch.from_numpy(images)
 
 
-class _Source:
+@dataclass
+class DaliSource:
     """Called by the pipeline for the input of one batch after another, in the order of _build_pipeline's inputs.
 
-    read: the batches that are in the pipeline.
+    iteration: of the next batch, counted over all epochs. decoded_until: before this iteration the pipeline gets
+    pixels instead of files. read: the batches that are in the pipeline.
     """
 
-    def __init__(
-        self, plan: Plan, reader: ShardReader, image_size: int, on_gpu: bool, iteration: int, careful: int
-    ) -> None:
-        self.read: deque[_Read] = deque()
-        self._plan = plan
-        self._reader = reader
-        self._image_size = image_size
-        self._on_gpu = on_gpu
-        self._iteration = iteration
-        self._careful = careful
+    crops: Crops
+    reader: ShardReader
+    on_gpu: bool
+    iteration: int = 0
+    decoded_until: int = 0
+    read: deque[_Read] = field(default_factory=deque)
 
     def __call__(self) -> tuple[Any, ...]:
-        plan = self._plan(*divmod(self._iteration, self._plan.partition.batches))
-        labels = np.full(plan.rows, -1)
-        errors: list[str] = []
-        files = [_BLACK] * plan.rows
-        self._reader.announce(plan.samples)
-        for row, sample in enumerate(plan.samples.tolist()):
-            try:
-                files[row] = self._file(sample)
-                labels[row] = self._plan.index.samples["label"][sample]
-            except BadImage as error:
-                errors.append(str(error))
-        self.read.append(_Read(plan, labels, errors))
-        self._iteration += 1
+        crops = self.crops(*divmod(self.iteration, self.crops.sampler.batches))
+        files, labels, errors = self.reader.load(crops, self._file, _BLACK)
+        self.read.append(_Read(crops, labels, errors))
+        self.iteration += 1
 
-        def rows(values: np.ndarray, otherwise: int) -> np.ndarray:
-            """[rows, ...]: the values where there is an image."""
-            filled = np.full((plan.rows, *values.shape[1:]), otherwise, values.dtype)
-            filled[: len(values)] = values
-            filled[labels < 0] = otherwise
-            return filled
+        def filled(values: np.ndarray, otherwise: int, dtype: type) -> np.ndarray:
+            """[N, ...]: the values where there is an image."""
+            rows = np.full((len(labels), *values.shape[1:]), otherwise, dtype)
+            rows[: len(values)] = values
+            rows[labels < 0] = otherwise
+            return rows
 
-        start, shape = rows(plan.windows[:, :2], 0), rows(plan.windows[:, 2:], 1)
-        inputs: tuple[Any, ...] = ([np.frombuffer(f, np.uint8) for f in files], *map(np.int32, (start, shape)))
-        if self._on_gpu:
-            resized, corner = rows(plan.resized, self._image_size), rows(plan.corners, 0)
-            inputs += np.float32(resized), rows(plan.bicubic, 0), np.int32(corner)
-        return inputs
+        windows = filled(crops.windows[:, :2], 0, np.int32), filled(crops.windows[:, 2:], 1, np.int32)
+        inputs = [np.frombuffer(file, np.uint8) for file in files], *windows
+        if not self.on_gpu:
+            return inputs
+        sizes, corners = filled(crops.sizes, crops.image_size, np.float32), filled(crops.corners, 0, np.int32)
+        return *inputs, sizes, filled(crops.bicubic, False, np.bool_), corners
 
-    def _file(self, sample: int) -> bytes:
+    def _file(self, row: int, sample: int) -> bytes:
         """The file of `sample` if DALI reads it as PIL does, otherwise its pixels as a PPM. Raises BadImage."""
-        content = self._reader.read(sample)
-        if self._iteration >= self._careful and _read_as_pil_does(content):
+        content = self.reader.read(sample)
+        if self.iteration >= self.decoded_until and _read_as_pil_does(content):
             return content
-        try:
-            image = Image.fromarray(decode(content).permute(1, 2, 0).numpy())
-        except Exception as error:  # a decoder may raise anything; the cause goes into the one line
-            raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
         buffer = io.BytesIO()
-        image.save(buffer, "PPM")
+        Image.fromarray(self.reader.decode(sample, content).permute(1, 2, 0).numpy()).save(buffer, "PPM")
         return buffer.getvalue()
 
 

@@ -1,104 +1,100 @@
-"""ImageNetData: shards in, augmented batches on the training device out."""
+"""ImageNetData: shards in, augmented batches on the training device out.
+
+Check: `pytest tests/test_loader.py tests/test_dali_loader.py tests/test_resume.py`.
+"""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.augment import Augment
-from data.crops import EvaluationPlan, Plan, TrainPlan
+from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
-from data.reader import allow_open_files
-from data.remote import is_url, stage
-from data.sampling import Partition, epoch_order
-from data.torch_loader import PlannedBatches, TorchLoader
+from data.parallel import available_cpus
+from data.reader import LoaderOptions, allow_open_files
+from data.remote import is_url
+from data.remote import stage as download
+from data.sampling import RankSampler, epoch_order
+from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError, print_rank_zero
 from repghost.training.classifier import step_seed
 
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "show": ("train",)}  # of Lightning's stages and data.show
+
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageNetData(DataModule):
-    """Training and validation images of a shard folder.
+    """Training and validation images of a shard folder; the fields are the keys of conf/data/imagenet.yaml.
 
     root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. batch_size: global.
-    workers: processes that decode, per rank, or `auto` for one a core. skip_budget: share of the training images that
-    may be bad (masked and counted) per epoch; validation has none.
+    workers: decoding processes or threads per rank, or `auto` for the rank's share of the cores. skip_budget: share of
+    the training images that may be bad (masked and counted) per epoch; validation has none. `setup` has to be called
+    first, as Lightning does.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str | Path,
-        train: str | None,
-        val: str | None,
-        class_names: str | None,
-        cache: str | Path,
-        workers: int | str,
-        prefetch: int,
-        skip_budget: float,
-        loader: str,
-        batch_size: int,
-        eval_batch_size: int,
-        image_size: int,
-        crop_fraction: float,
-        scale: Sequence[float],
-        ratio: Sequence[float],
-        augment: Augment,
-        seed: int,
-    ) -> None:
+    root: str | Path
+    train: str | None
+    val: str | None
+    class_names: str | None
+    cache: str | Path
+    workers: int | str
+    prefetch: int
+    skip_budget: float
+    loader: str
+    batch_size: int
+    eval_batch_size: int
+    image_size: int
+    crop_fraction: float
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    augment: Augment
+    seed: int
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if image_size < 32:
-            raise UserError(f"image_size={image_size}: the network divides by 32, so at least 32")
-        if not 0 < crop_fraction <= 1:
-            raise UserError(f"data.crop_fraction={crop_fraction} is not in (0, 1]")
-        if loader not in ("auto", "dali", "torch"):
-            raise UserError(f"loader={loader} is not one of auto, dali, torch")
-        if seed < 0:
-            raise UserError(f"seed={seed}: not negative")
-        self.augment = augment
-        self._copies: torch.cuda.Stream | None = None
-        if is_url(root) and (train or val):
+        if self.image_size < 32:
+            raise UserError(f"image_size={self.image_size}: the network divides by 32, so at least 32")
+        if not 0 < self.crop_fraction <= 1:
+            raise UserError(f"data.crop_fraction={self.crop_fraction} is not in (0, 1]")
+        if self.loader not in ("auto", "dali", "torch"):
+            raise UserError(f"loader={self.loader} is not one of auto, dali, torch")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: not negative")
+        if is_url(self.root) and (self.train or self.val):
             raise UserError(
-                f"data.root={root}: shards named by data.train or data.val cannot be read from a URL: "
+                f"data.root={self.root}: shards named by data.train or data.val cannot be read from a URL: "
                 "copy them to a local folder"
             )
-        self._root = root
-        self._cache = cache
-        self._patterns = {"train": train, "val": val}
-        self._class_names = class_names
         self._indexes: dict[str, Index] = {}
-        self._loader_name = loader
-        self._workers = workers
-        self._prefetch = prefetch
-        self._skip_budget = skip_budget
-        self._batch_size = batch_size
-        self._eval_batch_size = eval_batch_size
-        self._image_size = image_size
-        self._crop_fraction = crop_fraction
-        self._crop = {"scale": scale, "ratio": ratio}
-        self._seed = seed
+        self._batch = 0  # number in its epoch of the batch that is on its way to the device
+        self._copies: torch.cuda.Stream | None = None
 
     # -- what the data set is --------------------------------------------------------------------------------------
 
-    def load(self, *splits: str) -> Self:
-        """Loads the indexes of `train`, `val` or both; nothing else of this class works without.
+    def setup(self, stage: str) -> None:
+        """Loads the indexes of a stage ("fit", "validate", or "show" for data.show) that are not loaded yet.
 
         Shards at a URL are downloaded into the cache folder first.
         """
-        root = stage(str(self._root), self._cache, splits) if is_url(self._root) else self._root
-        self._indexes = {
-            split: load_index(root, split, self._cache, self._patterns[split], self._class_names) for split in splits
-        }
-        allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
-        return self
+        if missing := [split for split in SPLITS[stage] if split not in self._indexes]:
+            root = download(str(self.root), self.cache, missing) if is_url(self.root) else self.root
+            patterns = {"train": self.train, "val": self.val}
+            for split in missing:
+                self._indexes[split] = load_index(root, split, self.cache, patterns[split], self.class_names)
+            allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
 
     def index(self, split: str) -> Index:
         """The index of a split that was loaded."""
@@ -118,22 +114,9 @@ class ImageNetData(DataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a training epoch: whole global batches only."""
         images = len(self.index("train"))
-        if images < self._batch_size:
-            raise UserError(f"batch_size={self._batch_size} is larger than the {images} training images")
-        return images // self._batch_size
-
-    def preview(self, samples: int, epochs: int) -> Iterator[Tensor]:
-        """Normalized [samples, 3, S, S] of the first training samples: as in evaluation, then as in each epoch."""
-        index, images = self.index("train"), range(min(samples, len(self.index("train"))))
-        one = Partition(samples=len(index), rows=1)
-        plain = PlannedBatches(self._evaluation_plan(index, one), self._image_size, keep_going=False)
-        yield self.augment.evaluate(torch.cat([plain[(0, i)][0].images for i in images]))
-        seen = PlannedBatches(self._train_plan(index, one), self._image_size, keep_going=False)
-        for epoch in range(epochs):
-            positions = np.argsort(epoch_order(self._seed, epoch, len(index)))
-            batches = [seen[(epoch, int(positions[i]))][0] for i in images]
-            pixels, draws = torch.cat([b.images for b in batches]), torch.cat([b.uniforms for b in batches])
-            yield self.augment.train(pixels, draws, torch.Generator().manual_seed(step_seed(self._seed, epoch)))
+        if images < self.batch_size:
+            raise UserError(f"batch_size={self.batch_size} is larger than the {images} training images")
+        return images // self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
         return {split: index.fingerprint for split, index in self._indexes.items()}
@@ -149,72 +132,61 @@ class ImageNetData(DataModule):
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TorchLoader | DaliLoader:
-        index, trainer = self.index("train"), self._trainer
-        partition = Partition(
-            samples=len(index.samples),
-            rows=self._batch_size // (trainer.world_size * trainer.accumulate_grad_batches),
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-        )
-        plan = self._train_plan(index, partition)
-        return self._loader(plan, self._train_position, skip_bad=int(self._skip_budget * len(index.samples)))
+        sampler = self._sampler("train", self.batch_size // (self._trainer.world_size * self._accumulate))
+        skip_bad = int(self.skip_budget * sampler.samples)
+        return self._loader(self._random_crops(sampler), start=self._next_batch, skip_bad=skip_bad)
 
     def val_dataloader(self) -> TorchLoader | DaliLoader:
-        index, trainer = self.index("val"), self._trainer
-        partition = Partition(
-            samples=len(index.samples),
-            rows=self._eval_batch_size,
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
-            drop_last=False,
+        return self._loader(self._center_crops("val", self._sampler("val", self.eval_batch_size)))
+
+    def _sampler(self, split: str, batch_size: int) -> RankSampler:
+        training = split == "train"
+        return RankSampler(
+            len(self.index(split)),
+            batch_size,
+            rank=self._trainer.global_rank,
+            ranks=self._trainer.world_size,
+            accumulate=self._accumulate if training else 1,
+            drop_last=training,
         )
-        plan = self._evaluation_plan(index, partition)
-        return self._loader(plan, lambda: (0, 0), skip_bad=0)
 
-    def _train_plan(self, index: Index, partition: Partition) -> TrainPlan:
-        return TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
+    def _random_crops(self, sampler: RankSampler) -> RandomCrops:
+        return RandomCrops(self.index("train"), sampler, self.image_size, self.seed, self.scale, self.ratio)
 
-    def _evaluation_plan(self, index: Index, partition: Partition) -> EvaluationPlan:
-        return EvaluationPlan(index, partition, image_size=self._image_size, crop_fraction=self._crop_fraction)
+    def _center_crops(self, split: str, sampler: RankSampler) -> CenterCrops:
+        return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
 
-    def _loader(self, plan: Plan, position: Callable[[], tuple[int, int]], skip_bad: int) -> TorchLoader | DaliLoader:
-        share = (os.cpu_count() or 1) // self._local_ranks()
-        workers = max(1, share) if self._workers == "auto" else int(self._workers)
-        if self._loader_name == "auto":
+    def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
+        workers = cpus_per_rank() if self.workers == "auto" else int(self.workers)
+        if self.loader == "auto":
             # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
-            self._loader_name = "dali" if dali_installed() and workers > 0 else "torch"
-            print_rank_zero(f"loader     {self._loader_name}")
+            self.loader = "dali" if dali_installed() and workers > 0 else "torch"
+            print_rank_zero(f"loader     {self.loader}")
         device = self._trainer.strategy.root_device
-        options: dict[str, Any] = {
-            "image_size": self._image_size,
-            "workers": workers,
-            "prefetch": self._prefetch,
-            "pin_memory": device.type == "cuda",
-            "position": position,
-            "skip_bad": skip_bad,
-        }
-        if self._loader_name == "dali":
-            return DaliLoader(plan, device_id=device.index, **options)
-        return TorchLoader(plan, **options)
+        pin_memory = device.type == "cuda"
+        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pin_memory, **options)
+        return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
 
-    def _local_ranks(self) -> int:
-        return self._trainer.world_size // self._trainer.num_nodes
+    def _next_batch(self) -> tuple[int, int]:
+        """(epoch, batch) that the trainer needs next, by the optimizer steps done, also right after a resume."""
+        epoch, step = divmod(self._trainer.global_step, self.steps_per_epoch)
+        return epoch, step * self._accumulate
+
+    @property
+    def _accumulate(self) -> int:
+        return self._trainer.accumulate_grad_batches
 
     @property
     def _trainer(self) -> pl.Trainer:
         assert self.trainer is not None, "the data module is used through a Trainer"
         return self.trainer
 
-    def _train_position(self) -> tuple[int, int]:
-        """(epoch, batch) that the trainer asks for next, from its own counters, also right after a checkpoint was read.
-
-        After a whole epoch the batch is the number of batches; the loader takes that for the next epoch's first.
-        """
-        loop: Any = self._trainer.fit_loop
-        return loop.epoch_progress.current.processed, loop.batch_idx + 1
-
     # -- on the training device ------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Notes which batch it is while that is known without waiting for the device."""
+        self._batch = int(batch.positions[0]) // (self.batch_size // self._accumulate)
+        return batch
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         """The batch on `device`; to a GPU beside what that is computing, which is the step before."""
@@ -233,7 +205,35 @@ class ImageNetData(DataModule):
         """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
         if not self._trainer.training:
             return batch._replace(images=self.augment.evaluate(batch.images))
-        epoch, step = self._trainer.current_epoch, self._trainer.fit_loop.batch_idx + 1
-        seed = step_seed(self._seed, epoch, step, self._trainer.global_rank, _NOISE)
+        seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
         return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise))
+
+    # -- for data.show ---------------------------------------------------------------------------------------------
+
+    def preview(self, samples: int, epochs: int) -> Iterator[Tensor]:
+        """Normalized [samples, 3, S, S] of the first training samples: as in evaluation, then as in each epoch."""
+        count = len(self.index("train"))
+        one, first = RankSampler(count, batch_size=1), range(min(samples, count))
+        evaluated, trained = CroppedBatches(self._center_crops("train", one)), CroppedBatches(self._random_crops(one))
+        yield self.augment.evaluate(torch.cat([evaluated[0, i][0].images for i in first]))
+        for epoch in range(epochs):
+            positions = np.argsort(epoch_order(self.seed, epoch, count))
+            batches = [trained[epoch, int(positions[i])][0] for i in first]
+            images, uniforms = torch.cat([b.images for b in batches]), torch.cat([b.uniforms for b in batches])
+            noise = torch.Generator().manual_seed(step_seed(self.seed, epoch))
+            yield self.augment.train(images, uniforms, noise)
+
+
+def cpus_per_rank() -> int:
+    """Cores for each rank: those it may use, shared evenly by the ranks that may use the same ones.
+
+    Ranks that torchrun or Lightning starts share the cores of the node or of the job; srun may give each its own.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    mine = platform.node(), cores
+    of_ranks = [mine]
+    if dist.is_available() and dist.is_initialized():
+        of_ranks *= dist.get_world_size()
+        dist.all_gather_object(of_ranks, mine)
+    return max(1, available_cpus() // of_ranks.count(mine))

@@ -3,10 +3,9 @@
 The 15 operations are three families, and every operation outside a family is that family's identity: a table
 of 256 entries per channel (AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd), a blend with a
 degenerate image (Color, Contrast, Brightness, Sharpness), an affine map (Rotate, ShearX/Y, TranslateX/YRel).
-So a batch with any mixture of operations is one table look-up, one blend and one resampling with per-sample
-parameters, which needs no decision on the host: the path for GPUs and for torch.compile. On a CPU the samples
-are grouped by operation instead, so that the cost is that of the operations that were drawn; both paths give
-the same bits.
+So a batch with any mixture of operations is one table look-up, one blend and one resampling with parameters for each
+sample, without a decision on the host: the path for GPUs and for torch.compile. On a CPU the samples are grouped by
+operation instead, so that only the drawn operations cost anything; both paths give the same bits.
 Claim: tables and blends equal PIL's bit for bit; affine maps are at most 1 off, where rounding decides.
 Check: `pytest tests/test_rand_augment.py`.
 """
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data.pil_ops import affine, blend, grey, mean_grey, smooth
 from data.sampling import RAND_AUGMENT
 from repghost.errors import UserError
 
@@ -55,7 +55,7 @@ class RandAugment:
             raise UserError(f"rand_augment.operations is {self.operations}; choose 0 to {MAX_OPERATIONS}")
 
     def __call__(self, images: Tensor, uniforms: Tensor, grouped: bool) -> Tensor:
-        """uint8 [N, 3, H, W] -> the same, augmented by the draws float32 [N, DRAWS]."""
+        """uint8 [N, 3, H, W] -> the same, augmented as float32 [N, NUM_UNIFORMS] says."""
         for step in range(self.operations):
             images = apply_operations(images, *self.draw(uniforms, step), self.fill, grouped)
         return images
@@ -63,11 +63,11 @@ class RandAugment:
     def draw(self, uniforms: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The `step`-th operation, level, negative and bicubic of every sample, see `apply_operations`."""
         first = RAND_AUGMENT.start + step * _COLUMNS
-        draws = uniforms[:, first : first + _COLUMNS].double()
-        choice, apply, magnitude, sign, interpolation = draws.unbind(1)
+        columns = uniforms[:, first : first + _COLUMNS].double()
+        choice, apply, magnitude, sign, interpolation = columns.unbind(1)
         operation = (choice * len(OPERATIONS)).floor().long()
         operation = torch.where(apply < self.probability, operation, NONE)
-        # Draws are multiples of 2^-24 from 0 on: the centres of their cells keep it finite and symmetric.
+        # Uniforms are multiples of 2^-24 from 0 on: the centres of their cells keep it finite and symmetric.
         normal = torch.special.ndtri(magnitude + 2.0**-25)
         level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, MAX_LEVEL)
         return operation, level, sign < 0.5, interpolation >= 0.5
@@ -97,7 +97,9 @@ def apply_operations(
         return affine(images, matrix, bicubic, fill)
 
     output = images.clone()
-    for index, name, cubic in _groups(operation, bicubic):
+    keys = 2 * operation + bicubic
+    for key in keys.unique().tolist():
+        index, name, cubic = (keys == key).nonzero().flatten(), key // 2, key % 2 == 1
         chosen, strength = images[index], level[index]
         if name in _TABLES:
             output[index] = look_up(chosen, _TABLES[name](chosen, strength))
@@ -108,12 +110,6 @@ def apply_operations(
             matrix = matrices(operation[index], strength, negative[index], images.shape[2], images.shape[3])
             output[index] = affine(chosen, matrix, cubic, fill)
     return output
-
-
-def _groups(operation: Tensor, bicubic: Tensor) -> list[tuple[Tensor, int, bool]]:
-    """Indices int64 [n] of the samples that share an operation and an interpolation, with both."""
-    keys = 2 * operation + bicubic
-    return [((keys == key).nonzero().flatten(), key // 2, key % 2 == 1) for key in keys.unique().tolist()]
 
 
 # Tables: int64 [N, 3 or 1, 256], the new value of every old one. Formulas: PIL.ImageOps, levels: timm.
@@ -197,37 +193,7 @@ def look_up(images: Tensor, table: Tensor) -> Tensor:
     return table.gather(2, images.flatten(2).long()).view(images.shape)
 
 
-# Blends (PIL.ImageEnhance), on float32 that holds the integers 0 to 255: exact, as sums stay below 2^24.
-
-
-def blend(degenerate: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
-    """PIL.Image.blend: from the degenerate image (factor 0) to the image (1) and beyond, clipped, truncated.
-
-    degenerate: float32, broadcastable to pixels, float32 [N, 3, H, W]; factor: float32 [N, 1, 1, 1].
-    """
-    return (pixels - degenerate).mul_(factor).add_(degenerate).clamp_(0.0, 255.0).floor_()
-
-
-def grey(pixels: Tensor) -> Tensor:
-    """float32 [N, 1, H, W]: PIL's conversion to "L", ITU-R 601-2 luma in 16-bit fixed point; no sum is rounded."""
-    red, green, blue = pixels.split(1, dim=1)
-    weighted = (red * (19595 / 65536)).add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536)
-    return weighted.add_(0.5).floor_()
-
-
-def mean_grey(luma: Tensor) -> Tensor:
-    """float32 [N, 1, 1, 1]: the rounded mean of float32 [N, 1, H, W]; sums of rows are exact in float32."""
-    total = luma.sum(3, keepdim=True).double().sum(2, keepdim=True)
-    return (total / (luma.shape[2] * luma.shape[3]) + 0.5).floor().float()
-
-
-def smooth(pixels: Tensor) -> Tensor:
-    """PIL.ImageFilter.SMOOTH: the mean of 3 x 3 pixels, the middle one counted five times; borders stay."""
-    rows = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
-    total = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :] + 4 * pixels[..., 1:-1, 1:-1]
-    smoothed = pixels.clone()
-    smoothed[..., 1:-1, 1:-1] = ((total + 6.5) / 13).floor()
-    return smoothed
+# Blends (PIL.ImageEnhance) with a degenerate image, by a factor.
 
 
 def _factor(level: Tensor) -> Tensor:
@@ -254,7 +220,7 @@ def enhance(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     return blend(degenerate, pixels, factor).byte()
 
 
-# Affine maps, as PIL.Image.transform(AFFINE) and PIL.Image.rotate.
+# Affine maps (PIL.Image.transform and PIL.Image.rotate).
 
 
 def matrices(operation: Tensor, level: Tensor, negative: Tensor, height: int, width: int) -> Tensor:
@@ -282,59 +248,3 @@ def matrices(operation: Tensor, level: Tensor, negative: Tensor, height: int, wi
         ],
         dim=1,
     )
-
-
-def affine(images: Tensor, matrix: Tensor, bicubic: Tensor | bool, fill: Sequence[float]) -> Tensor:
-    """Resample uint8 [N, 3, H, W] at the points that float64 [N, 6] gives for the centres of its pixels.
-
-    As PIL does it: values beyond the border repeat it, a point outside the image becomes `fill`, results are
-    cut to integers. bicubic: bool [N], or one bool for all, which saves the outer taps of a bilinear batch.
-    """
-    height, width = images.shape[2:]
-    a, b, c, d, e, f = matrix.view(-1, 6, 1, 1).unbind(1)
-    x = torch.arange(width, device=images.device).double() + 0.5
-    y = torch.arange(height, device=images.device).double().unsqueeze(1) + 0.5
-    x, y = a * x + (b * y + c), d * x + (e * y + f)  # [N, H, W]
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    x, y = x - 0.5, y - 0.5
-    left, top = x.floor(), y.floor()
-    right_share, lower_share = (x - left).float().unsqueeze(1), (y - top).float().unsqueeze(1)
-    left, top = left.long(), top.long()
-
-    pixels = images.float()
-    flat = pixels.flatten(2)
-    taps = (0, 1) if bicubic is False else (-1, 0, 1, 2)
-    columns = [(left + tap).clamp(0, width - 1) for tap in taps]
-    rows = []
-    for tap in taps:
-        start = (top + tap).clamp(0, height - 1) * width
-        indices = [(start + column).view(-1, 1, height * width).expand_as(flat) for column in columns]
-        gathered = [flat.gather(2, index).view(pixels.shape) for index in indices]
-        rows.append(_interpolate(gathered, right_share, bicubic))
-    values = _interpolate(rows, lower_share, bicubic).clamp(0.0, 255.0).floor()
-    # A selection by weights 0 and 1, which are exact: on a CPU ten times as fast as torch.where.
-    return torch.lerp(channels(fill, values), values, inside.unsqueeze(1).float()).byte()
-
-
-def _interpolate(taps: Sequence[Tensor], share: Tensor, bicubic: Tensor | bool) -> Tensor:
-    """Between the two middle taps at `share` of their distance: a line or PIL's cubic (a = -1).
-
-    The cubic is first + s (p + s (q + s r)) with p = second - before, q = 2 (before - first) + (second -
-    after) and r = -(before - first) - (second - after); integer taps keep p, q and r exact.
-    """
-    if bicubic is False:
-        return torch.lerp(taps[0], taps[1], share)
-    before, first, second, after = taps
-    rise, fall = before - first, second - after
-    both = rise + fall
-    curve = torch.addcmul(rise + both, both, share, value=-1)
-    curve = torch.addcmul(second - before, curve, share)
-    curve = torch.addcmul(first, curve, share)
-    if bicubic is True:
-        return curve
-    return torch.where(bicubic.view(-1, 1, 1, 1), curve, torch.lerp(first, second, share))
-
-
-def channels(values: Sequence[float], like: Tensor) -> Tensor:
-    """[1, C, 1, 1] of like's dtype and device, by fills: a copy from the host would wait for the device."""
-    return torch.stack([like.new_full((), float(value)) for value in values]).view(1, -1, 1, 1)

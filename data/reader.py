@@ -1,6 +1,7 @@
-"""The bytes of a sample: read from its shard by offset, checked against the index.
+"""From a shard to the pixels of a sample: read by offset, checked against the index, decoded, resized.
 
-A checksum is the only thing that finds flipped bytes; every decoder passes over them in silence.
+A checksum is the only thing that finds flipped bytes; decoders do not notice them.
+Check: `pytest tests/test_loader.py tests/test_faults.py`.
 """
 
 import io
@@ -8,8 +9,10 @@ import logging
 import os
 import resource
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +21,31 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data.crops import BatchPlan
+from data.crops import BatchCrops
 from data.index import Index
+from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.images import to_rgb
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """What both loaders take beside their crops.
+
+    workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
+    pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the (epoch, batch) to begin
+    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error.
+    """
+
+    workers: int
+    prefetch: int
+    pin_memory: bool = False
+    start: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    skip_bad: int = 0
 
 
 class BadImage(UserError):
@@ -37,11 +59,30 @@ class ShardReader:
         self.index = index
         self._files: dict[int, int] = {}
 
-    def announce(self, rows: Iterable[int]) -> None:
+    def load(
+        self, crops: BatchCrops, load: Callable[[int, int], T], missing: T
+    ) -> tuple[list[T], np.ndarray, list[str]]:
+        """The items of a batch, its labels (int64 [N]), and a line for each bad image.
+
+        load: called with row and sample, returns an item or raises BadImage. A row without an image has `missing` and
+        the label -1.
+        """
+        self.readahead(crops.samples)
+        items, labels = [missing] * len(crops.positions), np.full(len(crops.positions), -1)
+        errors: list[str] = []
+        for row, sample in enumerate(crops.samples.tolist()):
+            try:
+                items[row] = load(row, sample)
+                labels[row] = self.index.samples["label"][sample]
+            except BadImage as error:
+                errors.append(str(error))
+        return items, labels, errors
+
+    def readahead(self, samples: Iterable[int]) -> None:
         """Tells the kernel which samples are read next, so that it fetches them side by side."""
         if not hasattr(os, "posix_fadvise"):
             return
-        for row in rows:
+        for row in samples:
             sample = self.index.samples[row]
             with suppress(OSError):  # reading will meet it again, and say whose image it is
                 os.posix_fadvise(
@@ -62,6 +103,13 @@ class ShardReader:
             raise BadImage(f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)")
         return content
 
+    def decode(self, row: int, content: bytes) -> Tensor:
+        """`decode` of the bytes of sample `row`; BadImage when they do not decode."""
+        try:
+            return decode(content)
+        except Exception as error:  # a decoder may raise anything; the cause goes into the one line
+            raise BadImage(f"{self.index.name(row)}: {error}") from None
+
     def _file(self, shard: int) -> int:
         if shard not in self._files:
             self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -79,27 +127,27 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class SkipBudget:
-    """The bad images that an epoch may leave out; each is logged."""
+def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:
+    """The batches of an epoch, each of which comes with a line for each of its bad images; the lines are logged.
 
-    def __init__(self, images: int) -> None:
-        self._left = self._images = images
-
-    def spend(self, errors: Sequence[str]) -> None:
-        """Takes the bad images of a batch, a line each. Raises BadImage with the first that is too many."""
+    Raises BadImage with the line of the first image beyond the `allowed` ones.
+    """
+    left = allowed
+    for batch, errors in batches:
         for error in errors:
-            if not self._left:
-                raise BadImage(f"{error} (data.skip_budget allows {self._images} bad image(s) per epoch)")
-            self._left -= 1
+            if not left:
+                raise BadImage(f"{error} (data.skip_budget allows {allowed} bad image(s) per epoch)")
+            left -= 1
             log.warning("skipped: %s", error)
+        yield batch
 
 
-def resize(window: Tensor, plan: BatchPlan, row: int, image_size: int) -> Tensor:
-    """uint8 [3, S, S] of the window uint8 [3, h, w] that `plan` cuts for a row: resized, and its centre cut out."""
-    mode = "bicubic" if plan.bicubic[row] else "bilinear"
-    resized = interpolate(window.unsqueeze(0), plan.resized[row].tolist(), mode=mode, antialias=True)
-    top, left = plan.corners[row].tolist()
-    return resized[0, :, top : top + image_size, left : left + image_size]
+def resize(window: Tensor, crops: BatchCrops, row: int) -> Tensor:
+    """uint8 [3, S, S] of the window uint8 [3, h, w] that was cut out for a row: resized, and its centre cut out."""
+    mode = "bicubic" if crops.bicubic[row] else "bilinear"
+    resized = interpolate(window.unsqueeze(0), crops.sizes[row].tolist(), mode=mode, antialias=True)
+    top, left = crops.corners[row].tolist()
+    return resized[0, :, top : top + crops.image_size, left : left + crops.image_size]
 
 
 def decode(content: bytes) -> Tensor:

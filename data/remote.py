@@ -28,7 +28,7 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from data.index import parse_manifest, split_entry
+from data.manifest import parse_manifest, split_entry
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256
 

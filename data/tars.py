@@ -1,4 +1,7 @@
-"""Shards as tar files: their samples by offset, and everything that can be wrong with a tar."""
+"""Shards as tar files: their samples by offset, and everything that can be wrong with a tar.
+
+Check: `pytest tests/test_index.py tests/test_faults.py`.
+"""
 
 import io
 import os
@@ -6,6 +9,8 @@ import re
 import tarfile
 import warnings
 import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,21 +22,12 @@ from repghost.errors import UserError
 
 # One row for each sample, 32 bytes. height and width are as stored (EXIF orientation is not applied).
 SAMPLE = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("shard", "<u4"),
-        ("size", "<u4"),
-        ("height", "<u4"),
-        ("width", "<u4"),
-        ("crc32", "<u4"),
-        ("label", "<i4"),
-    ]
+    {"names": ["offset", "shard", "size", "height", "width", "crc32", "label"], "formats": ["<i8", *5 * ["<u4"], "<i4"]}
 )
 IMAGE_MEMBERS = frozenset({"jpg", "jpeg", "png", "webp"})
 # webdataset's rule: the key ends at the first dot of the file name.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
-_MAX_LONG_NAME_BLOCKS = 16
 # What tarfile raises on damaged headers: sizes that no file or memory has, words for numbers.
 TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError)
 
@@ -58,31 +54,20 @@ def open_image(data: bytes, decode: bool) -> Image.Image:
         raise DecodeError(" ".join(f"{type(error).__name__}: {error}".split())) from None
 
 
-def member_name(path: str | Path, offset: int) -> str:
-    """Name of the tar member whose data begin at `offset`.
+def member_names(path: str | Path) -> dict[int, str]:
+    """{offset of its data: name} of the members of a tar, as far as its headers can be read."""
+    names: dict[int, str] = {}
+    with suppress(*TAR_DAMAGE), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.size < 0:  # would lead back for ever
+                break
+            names[member.offset_data] = member.name
+    return names
 
-    Its header is the block before. A long name (GNU or PAX) stands in blocks before that one; they belong to
-    this member if a tar that is read from there begins with a member whose data are at `offset`. Always a name that
-    can be printed, for it ends in messages.
-    """
-    block = tarfile.BLOCKSIZE
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; only a failure to open it is caught here
-    except OSError as error:
-        return f"(image at byte {offset}: {error.strerror})"
-    with file:
-        for blocks in (*range(3, _MAX_LONG_NAME_BLOCKS), 1):
-            start = offset - blocks * block
-            if start < 0:
-                continue
-            file.seek(start)
-            try:
-                member = tarfile.TarFile(fileobj=file).next()
-            except TAR_DAMAGE:
-                continue
-            if member is not None and member.offset_data == offset:
-                return printable(member.name)
-    return f"(no tar header before byte {offset})"
+
+def member_name(names: Mapping[int, str], offset: int) -> str:
+    """Name of the member whose data begin at `offset`, for a message."""
+    return printable(names[offset]) if offset in names else f"(no tar header before byte {offset})"
 
 
 def printable(name: str) -> str:
@@ -96,7 +81,7 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     Every byte is read once for the checksum; of the images only the headers are parsed. Members that are
     neither an image nor a label are ignored.
     """
-    images: dict[str, tuple[int, int, int, int, int]] = {}
+    images: dict[str, tuple[int, ...]] = {}
     labels: dict[str, int] = {}
     with open(path, "rb") as file:
         start, end = file.read(8), os.fstat(file.fileno()).st_size
@@ -133,10 +118,7 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     for key in labels:
         if key not in images:
             raise UserError(f"{path}: key {key} has a .cls but no image ({', '.join(sorted(IMAGE_MEMBERS))})")
-    rows = np.zeros(len(images), SAMPLE)
-    for i, (key, (offset, size, height, width, crc32)) in enumerate(images.items()):
-        rows[i] = (offset, 0, size, height, width, crc32, labels[key])
-    return rows, list(images)
+    return np.array([(*row, labels[key]) for key, row in images.items()], SAMPLE), list(images)
 
 
 def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -154,19 +136,19 @@ def _label(path: str, key: str, data: bytes) -> int:
     return int(data)
 
 
-def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, int, int, int, int]:
+def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...]:
+    """A row of SAMPLE without the label."""
     try:
         width, height = open_image(data, decode=False).size
     except DecodeError as error:
         raise UserError(f"{path}: {printable(member.name)}: {error}") from None
-    return member.offset_data, member.size, height, width, zlib.crc32(data)
+    return member.offset_data, 0, member.size, height, width, zlib.crc32(data)
 
 
 def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | None = None) -> None:
-    """A tar ends in zero blocks; tarfile takes the end of the file, or garbage, for the end as well.
+    """Raises UserError unless the tar ends in zero blocks; tarfile also stops silently at garbage or a truncated file.
 
-    With `end`, nothing else may stand before that byte: there are samples behind a hole, or behind the end of the
-    first of two tars in one file, that nobody would miss.
+    end: up to this byte there may be nothing but zeros, so that no sample is lost behind a hole or in a second tar.
     """
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -175,3 +157,24 @@ def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | No
         rest = file.read(min(2**20, end - file.tell()))
         if rest.count(0) < len(rest):
             raise UserError(f"{path}: its tar ends at byte {tar.offset}, but there is more: copy it again")
+
+
+def read_rows(path: Path, sizes: Sequence[int]) -> np.ndarray:
+    """[N] of SAMPLE from the file of an index, each row within its shard. sizes: bytes of each shard."""
+    try:
+        with open(path, "rb") as file:
+            rows = np.lib.format.read_array(file)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({printable(str(error))}): remove it and make it again") from None
+    if rows.dtype != SAMPLE or rows.ndim != 1:
+        raise UserError(f"{path}: not an index of this format, but {rows.ndim}-dimensional {rows.dtype}")
+    if not len(rows):
+        raise UserError(f"{path}: lists no images")
+    if (rows["shard"] >= len(sizes)).any():
+        raise UserError(f"{path}: names shard {rows['shard'].max()}, but there are {len(sizes)} shards")
+    outside = (rows["offset"] < 0) | (rows["offset"] > np.array(sizes)[rows["shard"]] - rows["size"])
+    empty = (rows["height"] == 0) | (rows["width"] == 0)
+    for wrong, what in ((outside, "lies outside of its shard"), (empty, "has no pixels")):
+        if wrong.any():
+            raise UserError(f"{path}: image {wrong.argmax()} {what}: remove it and make it again")
+    return rows

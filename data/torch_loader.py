@@ -1,139 +1,107 @@
-"""The torch loader: torchvision decodes, crops and resizes in DataLoader workers, a whole batch at a time.
+"""The torch loader: DataLoader workers decode with torchvision, crop and resize, a whole batch at a time.
 
-A batch is (uint8 images [N, 3, S, S], int64 labels [N], int64 positions [N], float32 draws [N, DRAWS]), always N rows;
-a row without an image has label -1. Anything random was drawn by data.sampling; nothing here keeps state.
+It holds no random state: `data.sampling` draws everything. A batch always has as many rows as the batch size per rank;
+a row without an image has label -1.
+Check: `pytest tests/test_loader.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from data.crops import BatchPlan, Plan
-from data.reader import BadImage, ShardReader, SkipBudget, decode, resize
+from data.crops import Crops
+from data.reader import LoaderOptions, ShardReader, resize, within_budget
 from repghost.dataset import Batch
 from repghost.training.signals import ignore_signals
 
-Position = Callable[[], tuple[int, int]]
-
 
 class TorchLoader(DataLoader):
-    """Batches of `plan` from the trainer's position on; its length is that of a full epoch.
+    """The batches of an epoch from `options.start` on; its length is that of a full epoch."""
 
-    position: called when an epoch is entered, gives (epoch, batch) to begin at. skip_bad: images that may be masked
-    per epoch before the loader gives up with the last one's error.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        image_size: int,
-        workers: int,
-        prefetch: int,
-        pin_memory: bool,
-        position: Position,
-        skip_bad: int,
-    ) -> None:
-        self._route = _Route(plan.partition.batches)
-        self._position = position
-        self._skip_bad = skip_bad
+    def __init__(self, crops: Crops, options: LoaderOptions) -> None:
+        self._batch_sampler = BatchSampler(crops.sampler.batches)
+        self._options = options
         super().__init__(
-            PlannedBatches(plan, image_size, keep_going=skip_bad > 0),
-            sampler=self._route,
+            CroppedBatches(crops),
+            sampler=self._batch_sampler,
             batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+            num_workers=options.workers,
+            prefetch_factor=options.prefetch if options.workers else None,
+            persistent_workers=options.workers > 0,
+            pin_memory=options.pin_memory,
             worker_init_fn=ignore_signals,
         )
 
+    def __len__(self) -> int:
+        return self._batch_sampler.batches
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        epoch, first = self._position()
-        self._route.epoch, self._route.batch = epoch, first % self._route.batches
-        budget = SkipBudget(self._skip_bad)
-        for batch, errors in self._batches():
-            budget.spend(errors)
-            yield batch
+        epoch, first = self._options.start()
+        self._batch_sampler.epoch, self._batch_sampler.first = epoch, first % len(self)
+        yield from within_budget(self._batches(), self._options.skip_bad)
 
     def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
         try:
             yield from super().__iter__()
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
-                self._forget_workers()
+                _forget_workers(self)
             raise
         except (ConnectionError, EOFError):
-            self._forget_workers()
+            _forget_workers(self)
             raise RuntimeError("DataLoader worker (pid unknown) was killed while it handed a batch over") from None
 
-    def _forget_workers(self) -> None:
-        """Otherwise torch raises its error again, wherever the program is, when the next process of any kind ends."""
-        iterator: Any = self._iterator
-        if iterator._worker_pids_set:
-            _remove_worker_pids(id(iterator))
-            iterator._worker_pids_set = False
-        iterator._shutdown = True  # its own way to end them may wait for a lock that the dead one held
-        for worker in iterator._workers:
-            worker.kill()
-        self._iterator = None
 
-    def __len__(self) -> int:
-        return self._route.batches
-
-
-class _Route(Sampler):
-    """Yields the (epoch, batch) pairs that are left of an epoch."""
+class BatchSampler(Sampler):
+    """Yields the (epoch, batch) pairs from batch `first` to the end of the epoch."""
 
     def __init__(self, batches: int) -> None:
-        self.batches, self.epoch, self.batch = batches, 0, 0
+        self.batches, self.epoch, self.first = batches, 0, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, batch) for batch in range(self.batch, self.batches)])
+        return iter([(self.epoch, batch) for batch in range(self.first, self.batches)])
 
     def __len__(self) -> int:
-        return self.batches - self.batch
+        return self.batches - self.first
 
 
-class PlannedBatches(Dataset):
-    """Maps (epoch, batch) to a loaded batch and the errors met in it."""
+class CroppedBatches(Dataset):
+    """Maps (epoch, batch) to a batch of uint8 images and a line for each bad image in it."""
 
-    def __init__(self, plan: Plan, image_size: int, keep_going: bool) -> None:
-        self._plan = plan
-        self._image_size = image_size
-        self._keep_going = keep_going
-        self._reader = ShardReader(plan.index)
+    def __init__(self, crops: Crops) -> None:
+        self.crops = crops
+        self._reader = ShardReader(crops.index)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[str]]:
-        plan = self._plan(*key)
-        images = [torch.zeros(3, self._image_size, self._image_size, dtype=torch.uint8)] * plan.rows
-        labels = torch.full((plan.rows,), -1)
-        labels[: len(plan.samples)] = torch.from_numpy(self._plan.index.samples["label"][plan.samples].astype(np.int64))
-        errors: list[str] = []
-        self._reader.announce(plan.samples)
-        for row, sample in enumerate(plan.samples):
-            try:
-                images[row] = self._load(plan, row, int(sample))
-            except BadImage as error:
-                errors.append(str(error))
-                labels[row] = -1
-                if not self._keep_going:
-                    break
-        # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
-        positions, uniforms = torch.from_numpy(plan.positions), torch.from_numpy(plan.draws)
-        return Batch(default_collate(images), labels, positions, uniforms), errors
+        crops = self.crops(*key)
 
-    def _load(self, plan: BatchPlan, row: int, sample: int) -> Tensor:
-        """uint8 [3, S, S]: read, decode, crop, resize, centre."""
-        content = self._reader.read(sample)
-        try:
-            image = decode(content)
-        except Exception as error:  # a decoder may raise anything; the cause goes into the one line
-            raise BadImage(f"{self._plan.index.name(sample)}: {error}") from None
-        top, left, height, width = plan.windows[row].tolist()
-        return resize(image[:, top : top + height, left : left + width], plan, row, self._image_size)
+        def load(row: int, sample: int) -> Tensor:
+            image = self._reader.decode(sample, self._reader.read(sample))
+            top, left, height, width = crops.windows[row].tolist()
+            return resize(image[:, top : top + height, left : left + width], crops, row)
+
+        black = torch.zeros(3, crops.image_size, crops.image_size, dtype=torch.uint8)
+        images, labels, errors = self._reader.load(crops, load, black)
+        # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
+        rest = map(torch.from_numpy, (labels, crops.positions, crops.uniforms))
+        return Batch(default_collate(images), *rest), errors
+
+
+def _forget_workers(loader: DataLoader) -> None:
+    """Ends the workers of a loader that lost one of them.
+
+    The only use of torch's private parts in `data`. Left alone, torch raises its error again, wherever the program is,
+    when the next process of any kind ends; and its own shutdown may wait for a lock that the dead worker held.
+    """
+    iterator: Any = loader._iterator
+    if iterator._worker_pids_set:
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    iterator._shutdown = True
+    for worker in iterator._workers:
+        worker.kill()
+    loader._iterator = None

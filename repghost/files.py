@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from repghost.errors import DISK_FULL, chain
+from repghost.errors import DISK_FULL, UserError, chain
 
 TEMPORARY = ".tmp"  # ending of files that are being written
 
@@ -65,6 +65,17 @@ def _sync_folder(folder: Path) -> None:
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_class_names(path: Path) -> list[str]:
+    """The class names in a text file, one a line; blank lines do not count. Raises UserError for an unreadable file."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text with a class name on each line") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def rows_as_csv(rows: list[dict[str, float]]) -> str:

@@ -39,11 +39,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from repghost.errors import UserError
+from repghost.files import read_class_names
 from repghost.images import EXTENSIONS, evaluation_transform, image_files, is_url, read_image
 from repghost.model import RepGhostNet
 from repghost.reference import class_words
 from repghost.reparameterize import reparameterize
-from repghost.run import class_names_of, read_class_names
+from repghost.run import class_names_of
 from repghost.weights import load_model
 
 FORMATS = ("table", "jsonl", "pictures")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repghost.errors import UserError
-from repghost.files import write_text
+from repghost.files import read_class_names, write_text
 from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
 from repghost.weights import model_from_state, read_checkpoint
@@ -183,14 +183,6 @@ def class_names_of(directory: Path) -> list[str] | None:
         return None
     of_imagenet = dict(zip(synsets(), class_words(), strict=True))
     return [of_imagenet.get(name, name) for name in read_class_names(directory / _FILE)]
-
-
-def read_class_names(path: Path) -> list[str]:
-    """The names in a text file, a line each. Raises UserError for a file that cannot be read."""
-    try:
-        return [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no class names can be read from it ({error})") from None
 
 
 def resolve_recipe(config: DictConfig) -> None:

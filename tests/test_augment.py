@@ -20,7 +20,6 @@ from torch._subclasses import FakeTensorMode
 
 from data.augment import BRIGHTNESS, CONTRAST, ORDERS, SATURATION, Augment, Erase, flip, jitter
 from data.sampling import (
-    DRAWS,
     ERASE,
     ERASE_LEFT,
     ERASE_SHAPE,
@@ -28,6 +27,7 @@ from data.sampling import (
     FLIP,
     JITTER,
     JITTER_ORDER,
+    NUM_UNIFORMS,
     uniforms,
 )
 from repghost.errors import UserError
@@ -222,7 +222,7 @@ def test_no_host_synchronisation_on_a_gpu(colour: dict[str, Any]) -> None:
     """Fake tensors of a GPU have shapes but no values: reading one, or a shape that hangs on one, raises."""
     with FakeTensorMode():
         images = torch.empty(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
-        rows = torch.empty(4, DRAWS, device="cuda")
+        rows = torch.empty(4, NUM_UNIFORMS, device="cuda")
         result = augment(flip=0.5, erase=ERASING, **colour).train(images, rows)
         assert result.shape == images.shape and result.device.type == "cuda" and result.dtype == torch.float32
 

@@ -17,12 +17,13 @@ from PIL import Image
 from test_loader import variants
 from webdataset import TarWriter
 
-from data.crops import EvaluationPlan, Plan, TrainPlan
-from data.dali_loader import DaliLoader, _Source, dali_installed, dali_resize
+from data.crops import CenterCrops, Crops, RandomCrops
+from data.dali_loader import DaliLoader, DaliSource, dali_installed, dali_resize
 from data.index import Index, load_index
-from data.reader import ShardReader
-from data.sampling import Partition
-from data.torch_loader import Batch, TorchLoader
+from data.reader import LoaderOptions, ShardReader
+from data.sampling import RankSampler
+from data.torch_loader import TorchLoader
+from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.images import to_rgb
 
@@ -45,27 +46,18 @@ def indexed(folder: Path, files: dict[str, bytes]) -> Index:
     return load_index(folder, "val", folder / "cache")
 
 
-def training(index: Index, rows: int = 8, size: int = 32, **options: int) -> TrainPlan:
-    return TrainPlan(index, Partition(len(index), rows, **options), seed=0, image_size=size, scale=SCALE, ratio=RATIO)
+def training(index: Index, rows: int = 8, size: int = 32, **options: int) -> RandomCrops:
+    return RandomCrops(index, RankSampler(len(index), rows, **options), size, seed=0, scale=SCALE, ratio=RATIO)
 
 
-def evaluation(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: int = 1) -> EvaluationPlan:
-    partition = Partition(len(index), rows, rank, ranks, drop_last=False)
-    return EvaluationPlan(index, partition, image_size=size, crop_fraction=0.875)
+def evaluation(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: int = 1) -> CenterCrops:
+    return CenterCrops(index, RankSampler(len(index), rows, rank, ranks, drop_last=False), size, crop_fraction=0.875)
 
 
 def loader(
-    kind: type, plan: Plan, start: tuple[int, int] = (0, 0), size: int = 32, workers: int = 0, skip_bad: int = 0
+    kind: type, crops: Crops, start: tuple[int, int] = (0, 0), workers: int = 0, skip_bad: int = 0
 ) -> TorchLoader | DaliLoader:
-    return kind(
-        plan,
-        image_size=size,
-        workers=workers,
-        prefetch=2,
-        pin_memory=False,
-        position=lambda: start,
-        skip_bad=skip_bad,
-    )
+    return kind(crops, LoaderOptions(workers=workers, prefetch=2, start=lambda: start, skip_bad=skip_bad))
 
 
 def assert_same(mine: Sequence[Batch], theirs: Sequence[Batch]) -> None:
@@ -76,8 +68,8 @@ def assert_same(mine: Sequence[Batch], theirs: Sequence[Batch]) -> None:
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_training_batches_are_those_of_the_torch_loader(index: Index, size: int) -> None:
-    mine = list(loader(DaliLoader, training(index, size=size), (3, 0), size=size, workers=2))
-    assert_same(mine, list(loader(TorchLoader, training(index, size=size), (3, 0), size=size)))
+    mine = list(loader(DaliLoader, training(index, size=size), (3, 0), workers=2))
+    assert_same(mine, list(loader(TorchLoader, training(index, size=size), (3, 0))))
 
 
 @pytest.mark.parametrize("rows", [7, 16, 100])
@@ -85,10 +77,10 @@ def test_training_batches_are_those_of_the_torch_loader(index: Index, size: int)
 def test_validation_batches_are_those_of_the_torch_loader(index: Index, rows: int, ranks: int) -> None:
     seen = []
     for rank in range(ranks):
-        plan = evaluation(index, rows, rank=rank, ranks=ranks)
-        mine = loader(DaliLoader, plan)
+        crops = evaluation(index, rows, rank=rank, ranks=ranks)
+        mine = loader(DaliLoader, crops)
         batches, stream = list(mine), mine._stream
-        assert_same(batches, list(loader(TorchLoader, plan)))
+        assert_same(batches, list(loader(TorchLoader, crops)))
         assert_same(list(mine), batches)
         assert mine._stream is stream, "the second time goes on with what was made ahead"
         seen += [place for _, labels, places, _ in batches for place in places[labels >= 0].tolist()]
@@ -96,12 +88,12 @@ def test_validation_batches_are_those_of_the_torch_loader(index: Index, rows: in
 
 
 def test_an_epoch_is_entered_anywhere_and_left_for_the_next(index: Index) -> None:
-    plan = training(index)
-    steps = len(loader(DaliLoader, plan))
+    crops = training(index)
+    steps = len(loader(DaliLoader, crops))
     assert steps == 45 // 8
-    epochs = {epoch: list(loader(TorchLoader, plan, (epoch, 0))) for epoch in (2, 3, 4)}
+    epochs = {epoch: list(loader(TorchLoader, crops, (epoch, 0))) for epoch in (2, 3, 4)}
     where = (2, 3)
-    mine = DaliLoader(plan, image_size=32, workers=1, prefetch=3, pin_memory=False, position=lambda: where, skip_bad=0)
+    mine = DaliLoader(crops, LoaderOptions(workers=1, prefetch=3, start=lambda: where))
     assert_same(list(mine), epochs[2][3:])
     stream = mine._stream
     where = (3, 0)
@@ -139,13 +131,13 @@ def test_what_dali_refuses_is_decoded_as_the_torch_loader_does(
     files["animation"] = animation.getvalue()
     files["endless"] = photograph[:-2]
     index = indexed(tmp_path / "foreign", files)
-    for plan in training(index, 4), evaluation(index, 4):
+    for crops in training(index, 4), evaluation(index, 4):
         caplog.clear()
-        mine = list(loader(DaliLoader, plan, skip_bad=2))
+        mine = list(loader(DaliLoader, crops, skip_bad=2))
         assert "DALI cannot decode a file" in caplog.text
         skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
         caplog.clear()
-        assert_same(mine, list(loader(TorchLoader, plan, skip_bad=2)))
+        assert_same(mine, list(loader(TorchLoader, crops, skip_bad=2)))
         assert skipped == [record.message for record in caplog.records if record.name == "data.reader"]
     assert len(skipped) == 2 and "empty" in skipped[0] and "endless" in skipped[1]
 
@@ -154,9 +146,9 @@ def test_what_dali_refuses_is_decoded_as_the_torch_loader_does(
 def test_dalis_resize_is_close_to_pils(kind: str, tmp_path: Path) -> None:
     """What a GPU does, with the decoder of the CPU."""
     index = indexed(tmp_path / "foreign", {str(i): encoded(patch(i, 120, 300), "png") for i in range(16)})
-    plan = training(index, 16, 224) if kind == "training" else evaluation(index, 20, 224)
-    images, expected = batch_by_dali(plan), batch_by_pil(plan)
-    assert len(images) == plan.partition.rows and len(expected) == 16
+    crops = training(index, 16, 224) if kind == "training" else evaluation(index, 20, 224)
+    images, expected = batch_by_dali(crops), batch_by_pil(crops)
+    assert len(images) == crops.sampler.batch_size and len(expected) == 16
     for image, wanted in zip(images, expected, strict=False):
         difference = np.abs(image.astype(int) - wanted)
         assert difference.mean() <= 0.3
@@ -164,12 +156,12 @@ def test_dalis_resize_is_close_to_pils(kind: str, tmp_path: Path) -> None:
     assert not images[16:].any()
 
 
-def batch_by_dali(plan: Plan) -> np.ndarray:
+def batch_by_dali(crops: Crops) -> np.ndarray:
     """uint8 [rows, 3, 224, 224], the first batch."""
     dali = import_module("nvidia.dali")
-    source = _Source(plan, ShardReader(plan.index), 224, on_gpu=True, iteration=0, careful=0)
+    source = DaliSource(crops, ShardReader(crops.index), on_gpu=True)
 
-    @dali.pipeline_def(batch_size=plan.partition.rows, num_threads=1, device_id=None)
+    @dali.pipeline_def(batch_size=crops.sampler.batch_size, num_threads=1, device_id=None)
     def pipeline():
         file, start, shape, *rest = dali.fn.external_source(source, num_outputs=6)
         return dali_resize(dali.fn.decoders.image_slice(file, start, shape, axes=[0, 1]), *rest, 224)
@@ -177,15 +169,15 @@ def batch_by_dali(plan: Plan) -> np.ndarray:
     return np.array(pipeline().run()[0].as_tensor())
 
 
-def batch_by_pil(plan: Plan) -> list[np.ndarray]:
+def batch_by_pil(crops: Crops) -> list[np.ndarray]:
     """uint8 [3, 224, 224] each."""
-    batch, images = plan(0, 0), []
+    batch, images = crops(0, 0), []
     for row, sample in enumerate(batch.samples.tolist()):
         top, left, height, width = batch.windows[row].tolist()
-        image = Image.open(io.BytesIO(ShardReader(plan.index).read(sample)))
+        image = Image.open(io.BytesIO(ShardReader(crops.index).read(sample)))
         region = image.crop((left, top, left + width, top + height))
         resample = Image.Resampling.BICUBIC if batch.bicubic[row] else Image.Resampling.BILINEAR
-        height, width = batch.resized[row].tolist()
+        height, width = batch.sizes[row].tolist()
         top, left = batch.corners[row].tolist()
         resized = region.resize((width, height), resample).crop((left, top, left + 224, top + 224))
         images.append(np.array(resized).transpose(2, 0, 1))
@@ -195,18 +187,10 @@ def batch_by_pil(plan: Plan) -> list[np.ndarray]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_on_a_gpu_batches_are_close_to_the_torch_loaders(kind: str, index: Index) -> None:
-    plan = training(index, 16, 224) if kind == "training" else evaluation(index, 16, 224)
-    on_gpu = DaliLoader(
-        plan,
-        image_size=224,
-        workers=2,
-        prefetch=2,
-        pin_memory=True,
-        position=lambda: (1, 0),
-        skip_bad=0,
-        device_id=0,
-    )
-    for mine, theirs in zip(on_gpu, loader(TorchLoader, plan, (1, 0), size=224), strict=True):
+    crops = training(index, 16, 224) if kind == "training" else evaluation(index, 16, 224)
+    options = LoaderOptions(workers=2, prefetch=2, pin_memory=True, start=lambda: (1, 0))
+    on_gpu = DaliLoader(crops, options, device_id=0)
+    for mine, theirs in zip(on_gpu, loader(TorchLoader, crops, (1, 0)), strict=True):
         assert mine[0].is_cuda and mine[0].shape == theirs[0].shape
         assert (mine[0].cpu().int() - theirs[0].int()).abs().float().mean() <= 1
         assert_same([mine[1:]], [theirs[1:]])  # type: ignore[list-item]

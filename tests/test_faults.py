@@ -29,11 +29,11 @@ import torch
 from images import encoded, make_images, patch
 from PIL import Image
 
-from data.crops import EvaluationPlan, TrainPlan
+from data.crops import CenterCrops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
-from data.reader import BadImage
-from data.sampling import Partition
+from data.reader import BadImage, LoaderOptions
+from data.sampling import RankSampler
 from data.tars import scan_shard
 from data.torch_loader import TorchLoader
 from data.write_shards.__main__ import main as write_shards
@@ -441,21 +441,13 @@ def test_any_damage_to_a_tar_is_a_user_error_or_leaves_it_sound(tmp_path: Path) 
 
 
 def training(loader: type, index: Index, skip_bad: int, rows: int = 9, workers: int = 0) -> TorchLoader:
-    plan = TrainPlan(index, Partition(len(index), rows), seed=0, image_size=32, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-    return loader(
-        plan,
-        image_size=32,
-        workers=workers,
-        prefetch=2,
-        pin_memory=False,
-        position=lambda: (0, 0),
-        skip_bad=skip_bad,
-    )
+    crops = RandomCrops(index, RankSampler(len(index), rows), 32, seed=0, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    return loader(crops, LoaderOptions(workers=workers, prefetch=2, skip_bad=skip_bad))
 
 
 def evaluation(loader: type, index: Index) -> TorchLoader:
-    plan = EvaluationPlan(index, Partition(len(index), 16, drop_last=False), image_size=32, crop_fraction=0.875)
-    return loader(plan, image_size=32, workers=0, prefetch=2, pin_memory=False, position=lambda: (0, 0), skip_bad=0)
+    crops = CenterCrops(index, RankSampler(len(index), 16, drop_last=False), 32, crop_fraction=0.875)
+    return loader(crops, LoaderOptions(workers=0, prefetch=2))
 
 
 def flip(where: float) -> Callable[[Path, Index], int]:

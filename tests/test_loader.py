@@ -1,18 +1,24 @@
 """The torch loader: pixels against PIL, whole batches, faults."""
 
 import io
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from images import encoded, patch
 from PIL import Image
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from data.crops import EvaluationPlan, TrainPlan
+from data.crops import CenterCrops, RandomCrops
+from data.datamodule import cpus_per_rank
 from data.index import Index, load_index
-from data.reader import BadImage, ShardReader, decode
-from data.sampling import DRAWS, Partition
+from data.reader import BadImage, LoaderOptions, ShardReader, decode
+from data.sampling import NUM_UNIFORMS, RankSampler
 from data.torch_loader import TorchLoader
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -26,18 +32,13 @@ def index(shards: Path) -> Index:
 def train_loader(
     index: Index, rows: int = 8, workers: int = 0, start: tuple[int, int] = (0, 0), **options: int
 ) -> TorchLoader:
-    plan = TrainPlan(index, Partition(len(index), rows, **options), seed=0, image_size=32, scale=SCALE, ratio=RATIO)
-    return TorchLoader(
-        plan, image_size=32, workers=workers, prefetch=2, pin_memory=False, position=lambda: start, skip_bad=0
-    )
+    crops = RandomCrops(index, RankSampler(len(index), rows, **options), 32, seed=0, scale=SCALE, ratio=RATIO)
+    return TorchLoader(crops, LoaderOptions(workers=workers, prefetch=2, start=lambda: start))
 
 
 def eval_loader(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: int = 1) -> TorchLoader:
-    partition = Partition(len(index), rows, rank, ranks, drop_last=False)
-    plan = EvaluationPlan(index, partition, image_size=size, crop_fraction=0.875)
-    return TorchLoader(
-        plan, image_size=size, workers=0, prefetch=2, pin_memory=False, position=lambda: (0, 0), skip_bad=0
-    )
+    sampler = RankSampler(len(index), rows, rank, ranks, drop_last=False)
+    return TorchLoader(CenterCrops(index, sampler, size, crop_fraction=0.875), LoaderOptions(workers=0, prefetch=2))
 
 
 def pil(index: Index, row: int) -> Image.Image:
@@ -51,15 +52,15 @@ def pixels(image: Image.Image) -> torch.Tensor:
 def test_training_crops_equal_pil(index: Index) -> None:
     loader = train_loader(index)
     batch, _ = loader.dataset[(3, 1)]  # type: ignore[index]
-    plan = loader.dataset._plan(3, 1)  # type: ignore[attr-defined]
-    for row, sample in enumerate(plan.samples):
-        top, left, height, width = plan.windows[row].tolist()
-        resample = Image.Resampling.BICUBIC if plan.bicubic[row] else Image.Resampling.BILINEAR
+    crops = loader.dataset.crops(3, 1)  # type: ignore[attr-defined]
+    for row, sample in enumerate(crops.samples):
+        top, left, height, width = crops.windows[row].tolist()
+        resample = Image.Resampling.BICUBIC if crops.bicubic[row] else Image.Resampling.BILINEAR
         crop = pil(index, sample).crop((left, top, left + width, top + height)).resize((32, 32), resample)
         difference = (batch[0][row].int() - pixels(crop)).abs()
         assert (difference <= 1).float().mean() >= 0.999
         assert batch[1][row] == index.samples["label"][sample]
-    assert plan.bicubic.any() and not plan.bicubic.all()
+    assert crops.bicubic.any() and not crops.bicubic.all()
 
 
 def test_evaluation_equals_pil_resize_and_centre_crop(index: Index) -> None:
@@ -83,9 +84,9 @@ def test_validation_has_each_image_once_in_whole_batches(index: Index, rows: int
         loader = eval_loader(index, rows, rank=rank, ranks=ranks)
         batches = list(loader)
         assert len(batches) == len(loader)
-        for images, labels, places, draws in batches:
+        for images, labels, places, uniforms in batches:
             assert images.shape == (rows, 3, 32, 32) and images.dtype == torch.uint8
-            assert labels.shape == places.shape == (rows,) and draws.shape == (rows, DRAWS)
+            assert labels.shape == places.shape == (rows,) and uniforms.shape == (rows, NUM_UNIFORMS)
             positions += places[labels >= 0].tolist()
             assert (images[labels < 0] == 0).all()
     assert sorted(positions) == list(range(len(index)))
@@ -167,10 +168,35 @@ def test_a_bad_image_within_the_budget_is_masked(
     samples = index.samples.copy()
     samples["crc32"][7] ^= 1
     damaged = Index(index.split, index.shards, samples, index.classes)
-    plan = TrainPlan(damaged, Partition(45, 9), seed=0, image_size=32, scale=SCALE, ratio=RATIO)
-    loader = TorchLoader(
-        plan, image_size=32, workers=0, prefetch=2, pin_memory=False, position=lambda: (0, 0), skip_bad=1
-    )
+    crops = RandomCrops(damaged, RankSampler(45, 9), 32, seed=0, scale=SCALE, ratio=RATIO)
+    loader = TorchLoader(crops, LoaderOptions(workers=0, prefetch=2, skip_bad=1))
     labels = torch.cat([batch[1] for batch in loader])
     assert (labels < 0).sum() == 1
     assert index.name(7) in caplog.text
+
+
+def test_the_private_parts_of_torch_that_are_used_exist(index: Index) -> None:
+    """What data.torch_loader touches when a worker was killed."""
+    loader = train_loader(index, workers=1)
+    batches = iter(loader)
+    next(batches)
+    for name in ("_worker_pids_set", "_shutdown", "_workers"):
+        assert hasattr(loader._iterator, name), name
+    assert callable(_remove_worker_pids)
+
+
+def shares(rank: int, store: Path, cores: list[int]) -> tuple[int, int]:
+    """cpus_per_rank of one of two ranks: on the same cores, then on one core each."""
+    os.sched_setaffinity(0, cores)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    together = cpus_per_rank()
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    return together, cpus_per_rank()
+
+
+def test_auto_workers_share_the_cores_that_the_ranks_may_use(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    assert cpus_per_rank() == len(cores)
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        for together, apart in pool.map(shares, range(2), [tmp_path / "store"] * 2, [cores] * 2):
+            assert (together, apart) == (max(1, len(cores) // 2), 1)

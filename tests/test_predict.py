@@ -18,8 +18,9 @@ from images import patch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from data.crops import EvaluationPlan
+from data.crops import CenterCrops
 from data.reader import resize
+from data.sampling import RankSampler
 from repghost import predict, repghostnet
 from repghost.errors import UserError
 from repghost.images import evaluation_transform, image_files, read_image
@@ -97,10 +98,9 @@ def test_pixels_are_those_of_the_validation_loader(photo: str) -> None:
     stored = np.zeros(1, [("height", "i8"), ("width", "i8")])
     stored["height"], stored["width"] = pixels.shape[:2]
     index = SimpleNamespace(samples=stored)
-    partition = SimpleNamespace(rows=1, start=lambda batch: batch, samples=1)
-    plan = EvaluationPlan(index, partition, image_size=96, crop_fraction=0.875)(0, 0)  # type: ignore[arg-type]
+    crops = CenterCrops(index, RankSampler(1, batch_size=1, drop_last=False), 96, crop_fraction=0.875)  # type: ignore[arg-type]
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    expected = resize(tensor, plan, 0, 96)
+    expected = resize(tensor, crops(0, 0), 0)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     found = evaluation_transform(96, 0.875)(Image.fromarray(pixels)) * std + mean
     assert (found * 255 - expected).abs().max() < 1e-3

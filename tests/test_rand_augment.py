@@ -12,16 +12,16 @@ from timm.data import auto_augment as timm_ops
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from data.pil_ops import affine
 from data.rand_augment import (
     AUTO_CONTRAST,
     NONE,
     OPERATIONS,
     RandAugment,
-    affine,
     apply_operations,
     matrices,
 )
-from data.sampling import DRAWS, RAND_AUGMENT, uniforms
+from data.sampling import NUM_UNIFORMS, RAND_AUGMENT, uniforms
 from repghost.errors import UserError
 
 FILL = (124, 116, 104)
@@ -141,7 +141,7 @@ def test_no_host_synchronisation_without_grouping() -> None:
     """Fake tensors of a GPU have shapes but no values: reading one, or a shape that hangs on one, raises."""
     with FakeTensorMode():
         images = torch.empty(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
-        draws = torch.empty(4, DRAWS, device="cuda")
+        draws = torch.empty(4, NUM_UNIFORMS, device="cuda")
         augmented = RandAugment(**POLICY)(images, draws, grouped=False)
         assert augmented.shape == images.shape and augmented.device.type == "cuda"
 
@@ -175,7 +175,7 @@ def test_distribution_of_the_draws() -> None:
 
 
 def test_extreme_draws_are_finite() -> None:
-    draws = torch.stack([torch.zeros(DRAWS), torch.full((DRAWS,), 1 - 2.0**-24)])
+    draws = torch.stack([torch.zeros(NUM_UNIFORMS), torch.full((NUM_UNIFORMS,), 1 - 2.0**-24)])
     operation, level, *_ = RandAugment(**POLICY | {"probability": 1.0}).draw(draws, 1)
     assert operation.tolist() == [0, NONE - 1]
     assert level.tolist() == [pytest.approx(9 - 0.5 * 5.4, abs=0.1), 10.0]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,12 +177,13 @@ def test_other_storages(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_reads_a_url_like_a_folder(server: Server, shards: Path, tmp_path: Path) -> None:
-    def data(*overrides: str) -> object:
+    def data(*overrides: str) -> Any:
         with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
             settings = ["recipe=quick", f"data.root={server.url}", f"data.cache={tmp_path}", *overrides]
             return instantiate(compose("train", settings).data)
 
-    loaded = data().load("val")
+    loaded = data()
+    loaded.setup("validate")
     assert loaded.num_classes == 3 and len(loaded.index("val")) == 15
     assert Path(loaded.index("val").shards[0]).is_relative_to(tmp_path / "staged")
     with pytest.raises(Exception, match=r"data\.train or data\.val cannot be read from a URL"):

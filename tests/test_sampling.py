@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from data.crops import crop_windows, evaluation_sizes, interpolations
-from data.sampling import DRAWS, Partition, epoch_order, uniforms
+from data.sampling import NUM_UNIFORMS, RankSampler, epoch_order, uniforms
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # The same examples everywhere, however slow the machine is; nothing is kept in the working directory.
@@ -35,44 +35,48 @@ def test_the_streams_do_not_change_between_versions() -> None:
 
 @given(st.integers(0, 2**31), st.integers(0, 500), st.integers(0, 10**7), st.integers(1, 40), st.data())
 @settings(EVERYWHERE, max_examples=50)
-def test_draws_of_a_position_do_not_depend_on_the_batch(
+def test_uniforms_of_an_index_do_not_depend_on_the_batch(
     seed: int, epoch: int, start: int, count: int, data: st.DataObject
 ) -> None:
     whole = uniforms(seed, epoch, start, count)
-    assert whole.shape == (count, DRAWS) and whole.dtype == np.float32
+    assert whole.shape == (count, NUM_UNIFORMS) and whole.dtype == np.float32
     assert (whole >= 0).all() and (whole < 1).all()
     at = data.draw(st.integers(0, count - 1))
     assert (uniforms(seed, epoch, start + at, 1)[0] == whole[at]).all()
 
 
-def test_draws_are_uniform_and_independent() -> None:
-    draws = uniforms(0, 0, 0, 20_000).astype(np.float64)
-    for column in range(DRAWS):
-        assert stats.kstest(draws[:, column], "uniform").pvalue > 1e-5
-    off_diagonal = np.corrcoef(draws.T) - np.eye(DRAWS)
+def test_uniforms_are_uniform_and_independent() -> None:
+    values = uniforms(0, 0, 0, 20_000).astype(np.float64)
+    for column in range(NUM_UNIFORMS):
+        assert stats.kstest(values[:, column], "uniform").pvalue > 1e-5
+    off_diagonal = np.corrcoef(values.T) - np.eye(NUM_UNIFORMS)
     assert np.abs(off_diagonal).max() < 0.04
 
 
 @given(
     samples=st.integers(1, 400),
-    rows=st.integers(1, 17),
+    batch_size=st.integers(1, 17),
     ranks=st.integers(1, 8),
     accumulate=st.integers(1, 3),
 )
 @settings(EVERYWHERE, max_examples=200)
-def test_training_batches_are_whole_and_disjoint(samples: int, rows: int, ranks: int, accumulate: int) -> None:
-    parts = [Partition(samples, rows, rank, ranks, accumulate) for rank in range(ranks)]
-    positions = [p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + rows)]
-    step = rows * ranks * accumulate
+def test_training_batches_are_whole_and_disjoint(samples: int, batch_size: int, ranks: int, accumulate: int) -> None:
+    parts = [RankSampler(samples, batch_size, rank, ranks, accumulate) for rank in range(ranks)]
+    positions = [
+        p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + batch_size)
+    ]
+    step = batch_size * ranks * accumulate
     assert sorted(positions) == list(range(samples // step * step))
 
 
-@given(samples=st.integers(1, 400), rows=st.integers(1, 17), ranks=st.integers(1, 8))
+@given(samples=st.integers(1, 400), batch_size=st.integers(1, 17), ranks=st.integers(1, 8))
 @settings(EVERYWHERE, max_examples=200)
-def test_validation_counts_each_image_once(samples: int, rows: int, ranks: int) -> None:
-    parts = [Partition(samples, rows, rank, ranks, drop_last=False) for rank in range(ranks)]
+def test_validation_counts_each_image_once(samples: int, batch_size: int, ranks: int) -> None:
+    parts = [RankSampler(samples, batch_size, rank, ranks, drop_last=False) for rank in range(ranks)]
     assert len({part.batches for part in parts}) == 1
-    positions = [p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + rows)]
+    positions = [
+        p for part in parts for b in range(part.batches) for p in range(part.start(b), part.start(b) + batch_size)
+    ]
     assert sorted(p for p in positions if p < samples) == list(range(samples))
 
 
@@ -83,10 +87,33 @@ def test_global_batches_do_not_depend_on_ranks(ranks: int, accumulate: int) -> N
     for step in range(samples // batch):
         seen: set[int] = set()
         for rank in range(ranks):
-            part = Partition(samples, batch // ranks // accumulate, rank, ranks, accumulate)
+            part = RankSampler(samples, batch // ranks // accumulate, rank, ranks, accumulate)
             for b in range(step * accumulate, (step + 1) * accumulate):
-                seen |= set(range(part.start(b), part.start(b) + part.rows))
+                seen |= set(range(part.start(b), part.start(b) + part.batch_size))
         assert seen == set(range(step * batch, (step + 1) * batch))
+
+
+@pytest.mark.parametrize(("ranks", "batch_size", "accumulate"), [(512, 128, 1), (64, 32, 4), (7, 100, 3)])
+def test_imagenet_is_shared_out_evenly_completely_and_without_repetition(
+    ranks: int, batch_size: int, accumulate: int
+) -> None:
+    """Every rank has the same number of batches; a step's samples are the next ones of the epoch's order."""
+    for samples, training in ((1_281_167, True), (50_000, False)):
+        samplers = [
+            RankSampler(samples, batch_size, rank, ranks, accumulate if training else 1, drop_last=training)
+            for rank in range(ranks)
+        ]
+        (batches,) = {sampler.batches for sampler in samplers}
+        starts = np.array([[sampler.start(batch) for sampler in samplers] for batch in range(batches)])
+        positions = (starts[..., None] + np.arange(batch_size)).reshape(-1)
+        assert (positions == np.arange(len(positions))).all()
+        left_out = samples - len(positions)
+        if training:
+            assert batches % accumulate == 0 and left_out == samples % (ranks * batch_size * accumulate)
+            visited = epoch_order(0, 1, samples)[positions]
+            assert len(np.unique(visited)) == len(visited)
+        else:
+            assert left_out <= 0, "positions beyond the last image are masked"
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (64, 64), (30, 400), (400, 30)])
@@ -103,8 +130,7 @@ def test_windows_follow_random_resized_crop(height: int, width: int) -> None:
 
 
 def test_windows_of_one_pixel() -> None:
-    draws = uniforms(0, 0, 0, 100)
-    windows = crop_windows(draws, np.full(100, 1), np.full(100, 500), SCALE, RATIO)
+    windows = crop_windows(uniforms(0, 0, 0, 100), np.full(100, 1), np.full(100, 500), SCALE, RATIO)
     assert (windows[:, 2] == 1).all() and (windows[:, 3] >= 1).all()
 
 
@@ -113,5 +139,5 @@ def test_half_of_the_interpolations_are_bicubic() -> None:
 
 
 def test_evaluation_sizes_floor_the_longer_side() -> None:
-    height, width = evaluation_sizes(np.array([375, 500, 256]), np.array([500, 333, 256]), 256)
-    assert height.tolist() == [256, 384, 256] and width.tolist() == [341, 256, 256]
+    sizes = evaluation_sizes(np.array([375, 500, 256]), np.array([500, 333, 256]), 256)
+    assert sizes.tolist() == [[256, 341], [384, 256], [256, 256]]

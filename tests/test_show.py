@@ -1,5 +1,7 @@
 """The grid of augmented samples."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,17 @@ from data.show import main
 @pytest.mark.parametrize("width", [1.0, 1.3])
 def test_the_grid_has_a_row_for_each_sample(shards: Path, tmp_path: Path, width: float) -> None:
     out = tmp_path / "grid.png"
-    options = ["--show", "--out", str(out), "--samples", "3", "--epochs", "4"]
+    options = ["--out", str(out), "--samples", "3", "--epochs", "4"]
     assert main([*options, f"data.root={shards}", f"width={width}", "image_size=32"]) == 0
     with Image.open(out) as grid:
         assert grid.size == (5 * 36 + 4, 3 * 36 + 4)
         cells = {grid.crop((4 + 36 * i, 4, 36 + 36 * i, 36)).tobytes() for i in range(5)}
     assert len(cells) == 5, "every epoch shows another picture"
+
+
+def test_the_command_has_two_names_and_one_line_for_a_mistake(tmp_path: Path) -> None:
+    for command in (["data.show"], ["data.augment", "--show"]):
+        arguments = [sys.executable, "-m", *command, "data.root=nowhere", f"data.cache={tmp_path}"]
+        done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder"), done.stderr
+        assert done.stderr.count("\n") == 1

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import needs_compiler
@@ -16,7 +15,7 @@ from test_classifier import RECIPE
 from torch._dynamo.utils import counters
 
 import train
-from benchmarks import scaling, simulate_ranks, train_step
+from benchmarks import scaling, train_step
 from repghost.errors import UserError
 from repghost.model import repghostnet
 from repghost.training.classifier import ImageClassifier
@@ -194,24 +193,6 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert sum(shares) == pytest.approx(1, abs=0.01)
     printed = capsys.readouterr().out
     assert "bound by" in printed.splitlines()[-len(table) - 1] and all(what in printed for what in table)
-
-
-def test_ranks_are_simulated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate_ranks.main(["--ranks=7", "--rows=5", "--accumulate=2", "--samples", "1000", "101"]) == 0
-    printed = capsys.readouterr().out
-    assert "28 batches a rank" in printed and "20 samples left out" in printed and "3 batches a rank" in printed
-
-
-def test_the_simulation_finds_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    order = np.arange(100)
-    order[3] = order[4]
-    assert any("visited 2 times" in line for line in simulate_ranks.violations(100, 5, 4, 1, order, train=True))
-    ranks_apart = simulate_ranks.Partition.start
-    monkeypatch.setattr(simulate_ranks.Partition, "start", lambda self, batch: max(0, ranks_apart(self, batch) - 5))
-    assert simulate_ranks.main(["--ranks=4", "--rows=5", "--samples", "100", "10"]) == 1
-    assert "VIOLATION" in capsys.readouterr().out
 
 
 def test_scaling_is_computed_from_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:

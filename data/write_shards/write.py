@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from numpy.random import Philox
 from tqdm import tqdm
 
-from data.index import FORMAT
+from data.manifest import FORMAT
 from data.parallel import available_cpus, run_parallel
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
