@@ -15,7 +15,7 @@ from data.crops import EvaluationPlan, Plan, TrainPlan
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
 from data.reader import allow_open_files
-from data.remote import is_url, stage
+from data.remote import download_shards, is_remote
 from data.sampling import Partition, epoch_order
 from data.torch_loader import PlannedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
@@ -65,7 +65,7 @@ class ImageNetData(DataModule):
             raise UserError(f"seed={seed}: not negative")
         self.augment = augment
         self._copies: torch.cuda.Stream | None = None
-        if is_url(root) and (train or val):
+        if is_remote(root) and (train or val):
             raise UserError(
                 f"data.root={root}: shards named by data.train or data.val cannot be read from a URL: "
                 "copy them to a local folder"
@@ -93,7 +93,7 @@ class ImageNetData(DataModule):
 
         Shards at a URL are downloaded into the cache folder first.
         """
-        root = stage(str(self._root), self._cache, splits) if is_url(self._root) else self._root
+        root = download_shards(str(self._root), self._cache, splits) if is_remote(self._root) else self._root
         self._indexes = {
             split: load_index(root, split, self._cache, self._patterns[split], self._class_names) for split in splits
         }

@@ -56,17 +56,10 @@ def list_class_folders(split: str, folder: Path, classes: Sequence[str]) -> Sour
 
 def list_images(folder: Path) -> tuple[list[tuple[str, int]], int]:
     """(path, bytes) of every image below `folder`, sorted, and how many other files there are."""
-    images: list[tuple[str, int]] = []
-    others = 0
-    for path in walk_files(folder):
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
-            continue
-        if is_image(path):
-            images.append((path, status.st_size))
-        else:
-            others += 1
-    return images, others
+    statuses = ((path, os.stat(path)) for path in walk_files(folder))
+    files = [(path, status.st_size) for path, status in statuses if stat.S_ISREG(status.st_mode)]  # a pipe would block
+    images = [file for file in files if is_image(file[0])]
+    return images, len(files) - len(images)
 
 
 def read_files(entries: Sequence[Entry]) -> Iterator[bytes]:
