@@ -35,7 +35,6 @@ T = TypeVar("T")
 File = dict[str, Any]  # as in the manifest: file (its name), sha256 and, for a shard, bytes
 
 _TRANSIENT = (408, 425, 429)  # HTTP: time-out, too early, too many requests; any other 4xx is final
-_MAKE_ROOM = "make room, or set data.cache to a larger disk"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     """The local folder that holds the manifest, indexes and shards of `splits` of the shard folder at `url`.
 
     Only the manifest is fetched when all of them are there. Raises UserError for a URL without a manifest, a file that
-    cannot be fetched or is not what the manifest describes, and a disk that is too small.
+    cannot be fetched or is not what the manifest describes, and a disk that is too small; OSError when a file cannot be
+    written.
     """
     remote = _Remote(url.rstrip("/"), limits or Limits())
     content = remote.read_manifest()
@@ -83,12 +83,8 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
         raise UserError(f"{where}: no checksums (sha256) of the shards: write the shards again")
     name = remote.url.rpartition("/")[2] or "shards"
     folder = Path(cache).expanduser() / "staged" / f"{name}-{digest[:16]}"
-    try:
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
-        _download_missing(remote, folder, files)
-    except OSError as error:
-        advice = f": {_MAKE_ROOM}" if error.errno in DISK_FULL else ""
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}{advice}") from None
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    _download_missing(remote, folder, files)
     return folder
 
 
@@ -115,13 +111,12 @@ def _download_missing(remote: "_Remote", folder: Path, files: Sequence[File]) ->
     needed = total - sum(_size(folder / f".{file['file']}{TEMPORARY}") or 0 for file in missing)
     if needed > free:
         sizes = f"{needed / 1e9:,.1f} GB are needed for {remote.url}, {free / 1e9:,.1f} GB are free"
-        raise UserError(f"{folder}: {sizes}: {_MAKE_ROOM}")
-    if not missing:
-        return
+        raise UserError(f"{folder}: {sizes}: make room, or set data.cache to a larger disk")
     random.Random().shuffle(missing)  # processes that download the same folder begin with different files
-    quiet = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"  # one bar a machine
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    hidden = local_rank != "0" or not missing  # one bar a machine
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {remote.url}", disable=quiet) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {remote.url}", disable=hidden) as bar,
         ThreadPoolExecutor(remote.limits.connections) as pool,
     ):
         try:
@@ -138,18 +133,8 @@ class _Remote:
         self.url = url
         self.limits = limits
         self.stop = threading.Event()
-        protocol = url.partition("://")[0]
-        options: dict[str, Any] = {}
-        if protocol in ("http", "https"):
-            from aiohttp import ClientTimeout  # what fsspec reads HTTP with
-
-            options["client_kwargs"] = {
-                "trust_env": True,  # proxies of the environment, passwords of ~/.netrc
-                **conf.get(protocol, {}).get("client_kwargs", {}),
-                "timeout": ClientTimeout(total=None, sock_connect=limits.timeout, sock_read=limits.timeout),
-            }
         try:
-            self._storage, self._root = url_to_fs(url, **options)
+            self._storage, self._root = url_to_fs(url, **_http_options(url, limits.timeout))
         except (ImportError, ValueError) as error:  # a package that is not installed, a protocol that nobody knows
             raise UserError(f"{url}: {error}") from None
 
@@ -180,20 +165,28 @@ class _Remote:
                 raise _Stopped
             try:
                 return action(f"{self._root}/{name}")
-            except _Stopped:
-                raise
             except FileNotFoundError:
                 raise UserError(f"{url}: {missing}") from None
             except Exception as error:  # every storage has exceptions of its own
+                if isinstance(error, _Stopped) or getattr(error, "errno", None) in DISK_FULL:
+                    raise
                 status = getattr(error, "status", 0)
                 reason = " ".join(f"{type(error).__name__} {error}".split())
-                if isinstance(error, OSError) and error.errno in DISK_FULL:
-                    raise
-                if isinstance(error, PermissionError) or status in (401, 403):
-                    raise UserError(f"{url}: access denied ({reason})") from None
-                if 400 <= status < 500 and status not in _TRANSIENT:
+                if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _TRANSIENT):
                     raise UserError(f"{url}: refused ({reason})") from None
         raise UserError(f"{url}: {reason} (given up after {self.limits.attempts} attempts): start again to resume")
+
+
+def _http_options(url: str, timeout: float) -> dict[str, Any]:
+    """What fsspec leaves to its caller: proxies of the environment, passwords of ~/.netrc, and a limit for silence."""
+    protocol = url.partition("://")[0]
+    if protocol not in ("http", "https"):
+        return {}
+    from aiohttp import ClientTimeout  # what fsspec reads HTTP with
+
+    configured = conf.get(protocol, {}).get("client_kwargs", {})
+    limit = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    return {"client_kwargs": {"trust_env": True, **configured, "timeout": limit}}
 
 
 class _Progress(Callback):

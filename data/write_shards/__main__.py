@@ -14,6 +14,8 @@ from data.write_shards.source import SPLITS, Listing
 from data.write_shards.write import IMAGES_PER_SHARD, write_shards
 from repghost.errors import run_command
 
+SETTINGS = ("images_per_shard", "seed", "resize", "quality", "workers", "skip_bad")  # of write_shards
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 2 a mistake of the user (one line on stderr), 130 interrupted."""
@@ -28,16 +30,8 @@ def _write(options: argparse.Namespace) -> None:
         "kaggle": lambda: list_kaggle(options.src),
         "parquet": lambda: list_parquet(options.src),
     }
-    write_shards(
-        listing[options.format](),
-        options.out,
-        images_per_shard=options.images_per_shard,
-        seed=options.seed,
-        resize=options.resize,
-        quality=options.quality,
-        workers=options.workers,
-        skip_bad=options.skip_bad,
-    )
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    write_shards(listing[options.format](), options.out, **settings)
 
 
 def _parser() -> argparse.ArgumentParser:

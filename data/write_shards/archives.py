@@ -22,7 +22,6 @@ from data.write_shards.source import Entry, Listing, Source, check_classes, uniq
 from repghost.errors import UserError
 from repghost.images import is_image
 
-_ROLES = ("training archive", "validation archive", "devkit")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"  # in the devkit
 
@@ -30,19 +29,10 @@ _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"  # in the d
 def list_archives(paths: Sequence[str | Path], workers: int | None = None) -> Listing:
     """The official ILSVRC2012 tars and devkit.
 
-    Give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded, in
-    any order. Nothing is unpacked: no more disk is needed than for OUT.
+    Give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded,
+    under these names and in any order. Nothing is unpacked: no more disk is needed than for OUT.
     """
-    found: dict[str, str] = {}
-    for path in map(str, paths):
-        role = _role(path)
-        if role in found:
-            raise UserError(f"{path} and {found[role]} are both a {role}")
-        found[role] = path
-    for role in _ROLES:
-        if role not in found:
-            raise UserError(f"no {role} among {', '.join(map(str, paths))}")
-    train, val, devkit = (found[role] for role in _ROLES)
+    train, val, devkit = (_path_of(role, paths) for role in ("train", "val", "devkit"))
     wnid_of, truth = _read_devkit(devkit)
     classes = sorted(wnid_of.values())
     check_classes(devkit, classes)
@@ -50,16 +40,14 @@ def list_archives(paths: Sequence[str | Path], workers: int | None = None) -> Li
     return Listing(tuple(classes), (_list_train(train, classes, workers or available_cpus()), _list_val(val, labels)))
 
 
-def _role(path: str) -> str:
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            return "devkit"
-    first = next(_members(path), tarfile.TarInfo())
-    if first.name.endswith(".tar"):
-        return "training archive"
-    if _VAL_IMAGE.fullmatch(_base_name(first)):
-        return "validation archive"
-    raise UserError(f"{path}: none of ILSVRC2012_img_train.tar (a tar of tars), ILSVRC2012_img_val.tar and the devkit")
+def _path_of(role: str, paths: Sequence[str | Path]) -> str:
+    found = [str(path) for path in paths if role in Path(path).name]
+    if len(found) != 1:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: {len(found)} of these names contain {role}: "
+            "give the three archives by their official names, each once"
+        )
+    return found[0]
 
 
 def _base_name(member: tarfile.TarInfo) -> str:

@@ -140,10 +140,10 @@ def _write_missing(tasks: dict[str, list[Task]], workers: int, skip_bad: int, qu
     everything = [task for tasks_of_split in tasks.values() for task in tasks_of_split]
     shards = {task.path: shard for task in everything if (shard := finished_shard(task)) is not None}
     missing = [task for task in everything if task.path not in shards]
-    total, left = (sum(len(task.entries) for task in some) for some in (everything, missing))
+    images = sum(len(task.entries) for task in missing)
     _check_budget(shards.values(), skip_bad)
     with (
-        tqdm(total=total, initial=total - left, unit="images", desc="writing shards", disable=quiet) as bar,
+        tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar,
         closing(run_parallel(write_shard, missing, min(workers, len(missing)))) as results,
     ):
         for number, shard in results:
