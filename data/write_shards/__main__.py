@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             layout.add_argument("src", type=Path, nargs=3, metavar="ARCHIVE")
         else:
             layout.add_argument("src", type=Path, metavar="SRC")
-        layout.add_argument(
-            "out", type=Path, metavar="OUT", help="folder for the shards; the same command resumes there"
-        )
+        layout.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to resume")
     return parser
 
 
@@ -67,10 +65,8 @@ def _common_options() -> argparse.ArgumentParser:
 
     add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
     add("--seed", 0, None, 0, "N", "of the order of the images")
-    resize = (
-        "reduce a shorter side above N pixels to N (bicubic) and store RGB JPEG; by default, and for smaller images, "
-    )
-    add("--resize", 1, None, None, "N", resize + "the original bytes are stored")
+    resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
+    add("--resize", 1, None, None, "N", resize)
     add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
     add("--workers", 1, None, available_cpus(), "N", "processes")
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")

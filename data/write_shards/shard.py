@@ -1,4 +1,4 @@
-"""One shard: its images are read from the source, decoded as a check, stored and indexed.
+"""One shard: its images are read from their source, decoded as a check, stored and indexed.
 
 `write_shard` is the task of a worker process; what it writes depends on its argument alone.
 Check: `pytest tests/test_write_shards.py`.

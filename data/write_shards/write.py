@@ -44,7 +44,7 @@ _SHARD_STREAM = 2  # Philox counter's highest word; 0 and 1 belong to data.sampl
 
 
 def write_folder(source: str | Path, out: str | Path, split: str | None = None, **options: Any) -> dict[str, Any]:
-    """Shards from class folders: `split` as in `list_folder`, `options` and result as in `write_shards`."""
+    """Writes class folders to shards: `split` as in `list_folder`, `options` and result as in `write_shards`."""
     return write_shards(list_folder(source, split), out, **options)
 
 
@@ -88,7 +88,7 @@ def write_shards(
 
 
 def _check_plan(out: Path, listing: Listing, options: Options) -> None:
-    """Shards of different runs must not mix: what decides their order is written down first."""
+    """Records what decides the order of the images, so that shards of different runs never mix."""
     path = out / "parts" / "plan.json"
     sources = {source.split: source.digest() for source in listing.sources}
     now = asdict(options)
@@ -110,9 +110,9 @@ def _check_plan(out: Path, listing: Listing, options: Options) -> None:
 def _order(source: Source, options: Options) -> np.ndarray:
     """int64 [N]: the order in which the images of a split are stored.
 
-    A permutation of all images. Rows of Parquet files cannot be read one by one, so there the row groups are
-    permuted, the rows inside each, and then the images of each shard; a shard reads few row groups and yet
-    mixes several.
+    "global": one permutation of all images. "row-groups": the rows of Parquet files cannot be read one by one, so the
+    row groups are permuted, the rows inside each, and then the images of each shard, which so reads few row groups and
+    yet mixes several.
     """
     count = len(source.entries)
     philox = Philox(key=[options.seed, SPLITS.index(source.split)], counter=[0, 0, 0, _SHARD_STREAM])
