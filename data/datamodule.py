@@ -22,8 +22,7 @@ from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
 from data.parallel import available_cpus
 from data.reader import LoaderOptions, allow_open_files
-from data.remote import is_url
-from data.remote import stage as download
+from data.remote import download_shards, is_remote
 from data.sampling import RankSampler, epoch_order
 from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
@@ -73,7 +72,7 @@ class ImageNetData(DataModule):
             raise UserError(f"loader={self.loader} is not one of auto, dali, torch")
         if self.seed < 0:
             raise UserError(f"seed={self.seed}: not negative")
-        if is_url(self.root) and (self.train or self.val):
+        if is_remote(self.root) and (self.train or self.val):
             raise UserError(
                 f"data.root={self.root}: shards named by data.train or data.val cannot be read from a URL: "
                 "copy them to a local folder"
@@ -90,7 +89,7 @@ class ImageNetData(DataModule):
         Shards at a URL are downloaded into the cache folder first.
         """
         if missing := [split for split in SPLITS[stage] if split not in self._indexes]:
-            root = download(str(self.root), self.cache, missing) if is_url(self.root) else self.root
+            root = download_shards(str(self.root), self.cache, missing) if is_remote(self.root) else self.root
             patterns = {"train": self.train, "val": self.val}
             for split in missing:
                 self._indexes[split] = load_index(root, split, self.cache, patterns[split], self.class_names)

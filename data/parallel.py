@@ -1,15 +1,15 @@
-"""Many independent tasks on all processor cores, and an end with a cause if one of them fails.
+"""Many independent tasks on all processor cores; the first failure stops all.
 
-Python's own process pool with what a long run needs: a bounded queue, a stop that reaches the tasks that are
-under way, and one clear error when a process is killed. Check: `pytest tests/test_parallel.py`.
+Python's own process pool with what a long run needs: a stop that reaches the tasks that are under way, one clear error
+when a process is killed, and no process that outlives its parent. Check: `pytest tests/test_parallel.py`.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import TypeVar
@@ -23,11 +23,11 @@ _stop: Event | None = None  # set in a worker process by its initializer
 
 
 class Stopped(Exception):
-    """The run is ending: whoever started this task does not want its result any more."""
+    """The run is ending, so the result of this task is no longer wanted."""
 
 
 def check_stop() -> None:
-    """Called by a task between two pieces of work: ends it (Stopped) once the run is ending."""
+    """Raises Stopped once the run is ending. Tasks call it between two pieces of work."""
     if _stop is not None and _stop.is_set():
         raise Stopped
 
@@ -38,27 +38,22 @@ def available_cpus() -> int:
 
 
 def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[int, R], None, None]:
-    """(number of the task, its result) for every task, in the order in which they end.
+    """Yields (number of the task, its result) for every task, in the order in which they end.
 
-    One worker means this process. `function` must be a module-level function: processes are spawned, not
-    forked, because the libraries below it run threads. The first exception of a task ends the run and is
-    raised here. Close the generator (contextlib.closing) to end the run early.
+    One worker means this process. `function` must be a module-level function: processes are spawned, not forked,
+    because the libraries that it uses run threads. The first exception of a task ends the run and is raised here.
+    Close the generator (contextlib.closing) to end the run early.
     """
     if workers <= 1:
-        for number, task in enumerate(tasks):
-            yield number, function(task)
+        yield from ((number, function(task)) for number, task in enumerate(tasks))
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
         try:
-            pending: dict[Future[R], int] = {}
-            for number, task in enumerate(tasks):
-                pending[pool.submit(function, task)] = number
-                if len(pending) >= 2 * workers:
-                    yield from _take(pending)
-            while pending:
-                yield from _take(pending)
+            numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+            for future in as_completed(numbers):
+                yield numbers[future], future.result()
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, most often for want of memory: start again with fewer workers"
@@ -66,11 +61,6 @@ def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _take(pending: dict[Future[R], int]) -> Iterator[tuple[int, R]]:
-    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-        yield pending.pop(future), future.result()
 
 
 def _start_worker(stop: Event) -> None:

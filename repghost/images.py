@@ -56,7 +56,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """
     for path in (os.fspath(path) for path in paths):
         if not is_url(path) and os.path.isdir(path):
-            yield from _walk(path)
+            yield from filter(is_image, walk_files(path))
         else:
             yield path
 
@@ -88,21 +88,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _walk(folder: str) -> Iterator[str]:
-    entered: set[str] = set()  # links may lead in circles
+def is_image(path: str) -> bool:
+    """Whether a file has an image's extension and is not hidden; macOS writes a "._a.jpg" beside a.jpg."""
+    name = os.path.basename(path)
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Every file below `folder`, sorted by name within every folder, without those in hidden folders.
+
+    Links are followed, except to a folder that was visited before or that contains `folder`. Raises UserError for a
+    folder that cannot be read.
+    """
+    visited = {str(parent) for parent in Path(folder).resolve().parents}
 
     def stop(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
 
     for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(path)) in entered:
+        if (real := os.path.realpath(path)) in visited:
             folders.clear()
             continue
-        entered.add(real)
+        visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(path, name)
+            yield os.path.join(path, name)
 
 
 def photographs(source: str | Path, count: int) -> list[Image.Image]:

@@ -378,6 +378,18 @@ def test_two_writers_do_not_share_a_folder(images, tmp_path):
         write_folder(images, tmp_path, **QUIET)
 
 
+def test_hidden_folders_and_links_to_a_parent_hold_no_images(tmp_path):
+    folder = make_class_folders(tmp_path / "in", per_class=2)
+    (folder / "cat" / ".ipynb_checkpoints").mkdir()
+    (folder / "cat" / ".ipynb_checkpoints" / "cat_0.jpg").write_bytes(encoded(patch(0)))
+    (folder / "cat" / "up").symlink_to("..")
+    (folder / "cat" / "itself").symlink_to(".")
+    (folder / "cat" / "._cat_0.jpg").write_bytes(b"what macOS leaves")
+    source = list_folder(folder, "train").sources[0]
+    assert [entry.key for entry in source.entries if entry.label == 0] == ["cat_0", "cat_1"]
+    assert source.ignored == 1
+
+
 # --- archives -------------------------------------------------------------------------------------
 
 WNIDS = ("n01440764", "n01443537", "n02084071")
@@ -529,7 +541,7 @@ def test_damaged_archives(archives, tmp_path):
     assert "copy it again" in message(
         0, tar_bytes({f"{w}.tar": class_tar(w) if w != WNIDS[0] else inner[:3000] for w in WNIDS})
     )
-    with pytest.raises(UserError, match="both a devkit"):
+    with pytest.raises(UserError, match="0 of these names contain val"):
         list_archives([archives[2], archives[2], archives[0]])
 
 
@@ -580,7 +592,7 @@ def test_kaggle_labels_must_fit_the_images(kaggle):
 NAMES = ["tabby, cat", "dog", "barn.owl"]
 
 
-def write_parquet(path: Path, start: int, rows: int, metadata: dict | None, binary: bool = False) -> None:
+def write_parquet(path: Path, start: int, rows: int, metadata: object, binary: bool = False) -> None:
     contents = [encoded(patch(start + i)) for i in range(rows)]
     image = contents if binary else [{"bytes": c, "path": f"x_{start + i}.JPEG"} for i, c in enumerate(contents)]
     table = pa.table({"image": image, "label": pa.array([(start + i) % 3 for i in range(rows)], pa.int64())})
@@ -618,24 +630,11 @@ def test_parquet_with_plain_bytes_and_without_names(tmp_path):
     assert stored(tmp_path / "out", "train")["train-0_000004"] == (encoded(patch(4)), 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("dataset_info.json", json.dumps({"default": {"features": {"label": {"names": NAMES}}}})),
-        (
-            "README.md",
-            "---\nlicense: other\ndataset_info:\n  features:\n"
-            "  - name: image\n    dtype: image\n"
-            "  - name: label\n    dtype:\n      class_label:\n        names:\n"
-            "          '0': tabby, cat\n          '1': dog\n          '2': barn.owl\n---\n# Card\n",
-        ),
-    ],
-)
-def test_parquet_class_names_beside_the_files(tmp_path, name, content):
+@pytest.mark.parametrize("metadata", [{"info": {}}, {"info": {"features": {"label": {"_type": "Value"}}}}, ["info"]])
+def test_parquet_whose_metadata_has_no_class_names(tmp_path, metadata):
     for split, start in (("train", 0), ("val", 20)):
-        write_parquet(tmp_path / "data" / f"{split}-0.parquet", start, 9, None)
-    (tmp_path / name).write_text(content)
-    assert list_parquet(tmp_path).classes == tuple(NAMES)
+        write_parquet(tmp_path / "data" / f"{split}-0.parquet", start, 9, metadata)
+    assert list_parquet(tmp_path).classes == ("0", "1", "2")
 
 
 def test_damaged_parquet(parquet):

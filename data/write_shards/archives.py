@@ -1,4 +1,9 @@
-"""The official ILSVRC2012 archives, read in place."""
+"""The official ILSVRC2012 archives, read in place.
+
+Archives are walked by their tar headers, the tars inside a tar too, at their offsets. Nothing is extracted, and members
+that could lead outside (absolute names, "..", links, devices) are refused.
+Check: `pytest tests/test_write_shards.py -k archives`.
+"""
 
 import io
 import os
@@ -13,43 +18,40 @@ import numpy as np
 
 from data.parallel import available_cpus, run_parallel
 from data.tars import TAR_DAMAGE, check_tar_end
-from data.write_shards.source import Listing, Source, _check_classes, _is_image, _name, _source
+from data.write_shards.source import Entry, Listing, Source, check_classes, unique_keys, with_class
 from repghost.errors import UserError
+from repghost.images import is_image
 
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+_META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"  # in the devkit
 
 
 def list_archives(paths: Sequence[str | Path], workers: int | None = None) -> Listing:
-    """The official ILSVRC2012 files in any order: training tar (of tars), validation tar, devkit."""
-    found: dict[str, str] = {}
-    for path in map(str, paths):
-        role = _recognise(path)
-        if role in found:
-            raise UserError(f"{path} and {found[role]} are both a {role}")
-        found[role] = path
-    for role in ("training archive", "validation archive", "devkit"):
-        if role not in found:
-            raise UserError(f"no {role} among {', '.join(map(str, paths))}")
-    wnid_of, truth = _read_devkit(found["devkit"])
+    """The official ILSVRC2012 tars and devkit.
+
+    Give ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz as they were downloaded,
+    under these names and in any order. Nothing is unpacked: no more disk is needed than for OUT.
+    """
+    train, val, devkit = (_path_of(role, paths) for role in ("train", "val", "devkit"))
+    wnid_of, truth = _read_devkit(devkit)
     classes = sorted(wnid_of.values())
-    _check_classes(found["devkit"], classes)
-    label_of = {wnid: label for label, wnid in enumerate(classes)}
-    train = _list_train_archive(found["training archive"], label_of, workers or available_cpus())
-    labels = [label_of[wnid_of[number]] for number in truth]
-    return Listing(tuple(classes), (train, _list_val_archive(found["validation archive"], labels)))
+    check_classes(devkit, classes)
+    labels = [classes.index(wnid_of[number]) for number in truth]
+    return Listing(tuple(classes), (_list_train(train, classes, workers or available_cpus()), _list_val(val, labels)))
 
 
-def _recognise(path: str) -> str:
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            return "devkit"
-    for member in _members(path):
-        if member.name.endswith(".tar"):
-            return "training archive"
-        if _VAL_IMAGE.fullmatch(PurePosixPath(member.name).name):
-            return "validation archive"
-        break
-    raise UserError(f"{path}: none of ILSVRC2012_img_train.tar (a tar of tars), ILSVRC2012_img_val.tar and the devkit")
+def _path_of(role: str, paths: Sequence[str | Path]) -> str:
+    found = [str(path) for path in paths if role in Path(path).name]
+    if len(found) != 1:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: {len(found)} of these names contain {role}: "
+            "give the three archives by their official names, each once"
+        )
+    return found[0]
+
+
+def _base_name(member: tarfile.TarInfo) -> str:
+    return PurePosixPath(member.name).name
 
 
 def _members(path: str, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
@@ -85,79 +87,75 @@ def _read_devkit(path: str) -> tuple[dict[int, str], list[int]]:
     from scipy.io import loadmat  # slow to import, and only this layout needs it
 
     found: dict[str, bytes] = {}
-    wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
                 _refuse_unsafe(path, member)
                 file = tar.extractfile(member)
-                if file is not None and PurePosixPath(member.name).name in wanted:
-                    found[PurePosixPath(member.name).name] = file.read()
+                if file is not None and _base_name(member) in (_META, _TRUTH):
+                    found[_base_name(member)] = file.read()
     except UserError:
         raise
     except (*TAR_DAMAGE, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged or not a .tar.gz ({error}): copy it again") from None
-    for name in wanted:
+    for name in (_META, _TRUTH):
         if name not in found:
             raise UserError(f"{path}: no {name} in it, so it is not ILSVRC2012_devkit_t12.tar.gz")
     try:
-        synsets = np.atleast_1d(loadmat(io.BytesIO(found[wanted[0]]), squeeze_me=True)["synsets"])
+        synsets = np.atleast_1d(loadmat(io.BytesIO(found[_META]), squeeze_me=True)["synsets"])
         wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
-        truth = [int(line) for line in found[wanted[1]].split()]
+        truth = [int(line) for line in found[_TRUTH].split()]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: its meta.mat or ground truth is not as in ILSVRC2012 ({error})") from None
-    unknown = set(truth) - set(wnid_of)
-    if unknown:
+    if unknown := set(truth) - set(wnid_of):
         raise UserError(f"{path}: the ground truth names the class number {min(unknown)}, which meta.mat does not")
     return wnid_of, truth
 
 
-def _list_train_archive(path: str, label_of: dict[str, int], workers: int) -> Source:
-    tasks: dict[str, tuple[str, int, int]] = {}
-    for member in _members(path):
-        wnid = PurePosixPath(member.name).name.removesuffix(".tar")
-        if wnid not in label_of:
-            raise UserError(f"{path}: member {member.name} is no class of the devkit")
-        tasks[wnid] = (path, member.offset_data, member.size)
-    missing = sorted(set(label_of) - set(tasks))
-    if missing:
-        raise UserError(f"{path}: {missing[0]}.tar is missing ({len(missing)} of {len(label_of)} classes)")
-    wnids = sorted(tasks)
-    members: list[list[tuple[str, int, int]]] = [[] for _ in wnids]
-    with closing(run_parallel(_list_tar, [tasks[wnid] for wnid in wnids], min(workers, len(wnids)))) as results:
-        for number, result in results:
-            members[number] = result
-    rows: list[tuple[int, ...]] = []
-    names: list[str] = []
+def _list_train(path: str, classes: Sequence[str], workers: int) -> Source:
+    found = {_base_name(member): (path, member.offset_data, member.size) for member in _members(path)}
+    wanted = [f"{wnid}.tar" for wnid in classes]
+    if unknown := sorted(set(found) - set(wanted)):
+        raise UserError(f"{path}: member {unknown[0]} is no class of the devkit")
+    if missing := sorted(set(wanted) - set(found)):
+        raise UserError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(wanted)} classes)")
+    with closing(run_parallel(_list_tar, [found[name] for name in wanted], min(workers, len(wanted)))) as results:
+        members = dict(results)
+    entries: list[Entry] = []
     ignored = 0
-    for wnid, inside in zip(wnids, members, strict=True):
-        images = [m for m in inside if _is_image(PurePosixPath(m[0]).name)]
+    for label, wnid in enumerate(classes):
+        images = [member for member in members[label] if is_image(member[0])]
         if not images:
             raise UserError(f"{path}: no image in {wnid}.tar")
-        ignored += len(inside) - len(images)
-        rows += [(0, offset, size, label_of[wnid], 0) for _, offset, size in images]
-        names += [_name(wnid, PurePosixPath(name).name) for name, _, _ in images]
-    return _source("train", "archive", [path], rows, names, ignored)
+        ignored += len(members[label]) - len(images)
+        entries += [Entry(with_class(wnid, name), path, label, size, offset) for name, offset, size in images]
+    return Source("train", unique_keys(entries), read_members, ignored)
 
 
 def _list_tar(task: tuple[str, int, int]) -> list[tuple[str, int, int]]:
-    return [(member.name, member.offset_data, member.size) for member in _members(*task)]
+    return [(_base_name(member), member.offset_data, member.size) for member in _members(*task)]
 
 
-def _list_val_archive(path: str, labels: Sequence[int]) -> Source:
-    found: dict[int, tuple[int, int]] = {}
-    ignored = 0
-    for member in _members(path):
-        match = _VAL_IMAGE.fullmatch(PurePosixPath(member.name).name)
-        if match is None:
-            ignored += 1
-        elif not 1 <= int(match[1]) <= len(labels):
-            raise UserError(f"{path}: {member.name}, but the devkit knows only {len(labels)} validation images")
-        else:
-            found[int(match[1])] = (member.offset_data, member.size)
-    numbers = range(1, len(labels) + 1)
-    for number in numbers:
-        if number not in found:
-            raise UserError(f"{path}: ILSVRC2012_val_{number:08d}.JPEG is missing: copy it again")
-    rows = [(0, *found[number], labels[number - 1], 0) for number in numbers]
-    return _source("val", "archive", [path], rows, [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers], ignored)
+def _list_val(path: str, labels: Sequence[int]) -> Source:
+    found = {_base_name(member): member for member in _members(path)}
+    entries: list[Entry] = []
+    for number, label in enumerate(labels, 1):
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        member = found.pop(name, None)
+        if member is None:
+            raise UserError(f"{path}: {name} is missing: copy it again")
+        entries.append(Entry(name, path, label, member.size, member.offset_data))
+    for name in found:
+        if _VAL_IMAGE.fullmatch(name):
+            raise UserError(f"{path}: {name}, but the devkit knows only {len(labels)} validation images")
+    return Source("val", unique_keys(entries), read_members, ignored=len(found))
+
+
+def read_members(entries: Sequence[Entry]) -> Iterator[bytes]:
+    """The bytes of images in one archive, which need not be near each other."""
+    with open(entries[0].file, "rb") as file:
+        if hasattr(os, "posix_fadvise"):  # lets the disk sort the scattered reads
+            for entry in entries:
+                os.posix_fadvise(file.fileno(), entry.offset or 0, entry.size, os.POSIX_FADV_WILLNEED)
+        for entry in entries:
+            yield os.pread(file.fileno(), entry.size, entry.offset or 0)

@@ -1,86 +1,68 @@
-"""Class folders: SRC/{train,val}/CLASS/*.jpg, or those of one split."""
+"""Class folders: SRC/{train,val}/CLASS/*.jpg, or those of one split. Check: `pytest tests/test_write_shards.py`."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.write_shards.source import (
-    IMAGE_EXTENSIONS,
-    SPLITS,
-    Listing,
-    Source,
-    _check_classes,
-    _is_image,
-    _name,
-    _source,
-)
+from data.write_shards.source import SPLITS, Entry, Listing, Source, check_classes, unique_keys, with_class
 from repghost.errors import UserError
+from repghost.images import EXTENSIONS, is_image, walk_files
 
 
 def list_folder(root: str | Path, split: str | None = None) -> Listing:
-    """Class folders, below `root`/train and `root`/val or, with `split`, directly below `root`."""
+    """Class folders in SRC/train and SRC/val, or those of one split in SRC, named by --split.
+
+    A second run with the other split and the same OUT adds that one. Labels follow the sorted names of the class
+    folders.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    if split is None:
-        if not all((root / name).is_dir() for name in SPLITS):
-            raise UserError(f"{root}: no train/ and val/ in it: say with --split train (or val) what its folders are")
-        folders = {name: root / name for name in SPLITS}
-    else:
-        folders = {split: root}
-    class_folders = {name: _subfolders(folder) for name, folder in folders.items()}
-    classes = next(iter(class_folders.values()))
-    _check_classes(next(iter(folders.values())), classes)
-    return Listing(
-        tuple(classes),
-        tuple(_list_class_folders(name, folder, class_folders[name], classes) for name, folder in folders.items()),
-    )
+    folders = {split: root} if split else {name: root / name for name in SPLITS}
+    if not all(folder.is_dir() for folder in folders.values()):
+        raise UserError(f"{root}: no train/ and val/ in it: say with --split train (or val) what its folders are")
+    first = next(iter(folders.values()))
+    classes = subfolders(first)
+    check_classes(first, classes)
+    sources = (list_class_folders(name, folder, classes) for name, folder in folders.items())
+    return Listing(tuple(classes), tuple(sources))
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, sorted, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_class_folders(split: str, folder: Path, names: Sequence[str], classes: Sequence[str]) -> Source:
+def list_class_folders(split: str, folder: Path, classes: Sequence[str]) -> Source:
+    """The images of `folder`/CLASS, which may lack some of the `classes`."""
     label_of = {name: label for label, name in enumerate(classes)}
-    files: list[str] = []
-    rows: list[tuple[int, ...]] = []
-    keys: list[str] = []
+    entries: list[Entry] = []
     ignored = 0
+    names = subfolders(folder)
     if not names:
         raise UserError(f"{folder}: no class folders in it")
     for name in names:
         if name not in label_of:
             raise UserError(f"{folder / name}: a class in {split} that is not in train")
-        before = len(files)
-        for path, size in _walk(folder / name):
-            if not _is_image(os.path.basename(path)):
-                ignored += 1
-                continue
-            rows.append((len(files), 0, size, label_of[name], 0))
-            keys.append(_name(name, os.path.relpath(path, folder / name)))
-            files.append(path)
-        if len(files) == before:
-            raise UserError(f"{folder / name}: no image in this class folder ({' '.join(IMAGE_EXTENSIONS)})")
-    return _source(split, "file", files, rows, keys, ignored)
+        images, others = list_images(folder / name)
+        if not images:
+            raise UserError(f"{folder / name}: no image in this class folder ({' '.join(EXTENSIONS)})")
+        for path, size in images:
+            entries.append(Entry(with_class(name, os.path.relpath(path, folder / name)), path, label_of[name], size))
+        ignored += others
+    return Source(split, unique_keys(entries), read_files, ignored)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of every file below `folder`, sorted. A folder without permission is an error."""
+def list_images(folder: Path) -> tuple[list[tuple[str, int]], int]:
+    """(path, bytes) of every image below `folder`, sorted, and how many other files there are."""
+    statuses = ((path, os.stat(path)) for path in walk_files(folder))
+    files = [(path, status.st_size) for path, status in statuses if stat.S_ISREG(status.st_mode)]  # a pipe would block
+    images = [file for file in files if is_image(file[0])]
+    return images, len(files) - len(images)
 
-    def stop(error: OSError) -> None:
-        raise error
 
-    entered: set[str] = set()  # links may lead in circles
-    for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(path)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders.sort()
-        for name in sorted(names):
-            full = os.path.join(path, name)
-            status = os.stat(full)
-            if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                yield full, status.st_size
+def read_files(entries: Sequence[Entry]) -> Iterator[bytes]:
+    """The bytes of images that are files of their own."""
+    for entry in entries:
+        yield Path(entry.file).read_bytes()

@@ -1,20 +1,27 @@
-"""Parquet files as on the Hugging Face hub."""
+"""Parquet files as on the Hugging Face hub. Check: `pytest tests/test_write_shards.py -k parquet`."""
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from data.write_shards.source import SPLITS, Listing, Source, _check_classes, _source
+from data.parallel import check_stop
+from data.write_shards.source import SPLITS, Entry, Listing, Source, check_classes, unique_keys
 from repghost.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 def list_parquet(root: str | Path) -> Listing:
-    """The hub's layout: data/train-*.parquet, data/validation-*.parquet with the columns image and label."""
+    """A copy of a data set's repository on the Hugging Face hub.
+
+    SRC holds data/train-*.parquet and data/validation-*.parquet (or val-*) with the columns image and label. Row groups
+    are shuffled, then the images of each shard, instead of all images at once. Class names come from the metadata that
+    Hugging Face's datasets library writes; without it they are the label numbers.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
@@ -23,63 +30,84 @@ def list_parquet(root: str | Path) -> Listing:
     for split in SPLITS:
         if not files[split]:
             raise UserError(f"{folder}: no {split}*.parquet in it")
-    named = _parquet_class_names(root, files["train"][0])
-    sources = tuple(_list_parquet_files(split, files[split]) for split in SPLITS)
-    highest = int(sources[0].table["label"].max())
-    classes = named or tuple(str(label) for label in range(highest + 1))
-    _check_classes(folder, classes)
-    for source in sources:
-        i = int(source.table["label"].argmax())
-        if source.table["label"][i] >= len(classes):
-            path = source.files[source.table["file"][i]]
-            raise UserError(f"{path}: label {source.table['label'][i]}, but there are {len(classes)} classes")
-    return Listing(classes, sources)
+    with _open_parquet(files["train"][0]) as file:
+        named = _class_names(file.schema_arrow)
+    train, val = (_list_split(split, files[split]) for split in SPLITS)
+    classes = named or tuple(str(label) for label in range(max(entry.label for entry in train.entries) + 1))
+    check_classes(folder, classes)
+    for entry in (*train.entries, *val.entries):
+        if entry.label >= len(classes):
+            raise UserError(f"{entry.file}: label {entry.label}, but there are {len(classes)} classes")
+    return Listing(classes, (train, val))
 
 
-def _list_parquet_files(split: str, files: list[str]) -> Source:
-    rows: list[tuple[int, ...]] = []
-    names: list[str] = []
+def _class_names(schema: "pa.Schema") -> tuple[str, ...] | None:
+    try:
+        return tuple(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+    except (KeyError, TypeError, ValueError):  # written by another program, or without names
+        return None
+
+
+def _list_split(split: str, files: Sequence[str]) -> Source:
+    entries: list[Entry] = []
     groups = 0
-    for number, path in enumerate(files):
-        with open_parquet(path) as file:
-            has_paths = _image_has_paths(path, file.schema_arrow)
-            row = 0
+    for path in files:
+        row = 0
+        with _open_parquet(path) as file:
+            columns = _columns_of_labels(path, file.schema_arrow)
             for group in range(file.num_row_groups):
-                columns = file.read_row_group(group, columns=["label", "image.path"] if has_paths else ["label"])
-                labels = columns["label"].to_pylist()
-                images = columns["image"].to_pylist() if has_paths else [{"path": None}] * len(labels)
-                for label, image in zip(labels, images, strict=True):
+                for record in file.read_row_group(group, columns=columns).to_pylist():
+                    label, image = record["label"], record.get("image") or {}
                     if not isinstance(label, int) or label < 0:
                         raise UserError(f"{path}: the label of row {row} is {label}, not a class number")
-                    rows.append((number, row, 0, label, groups))
-                    names.append(_row_name(path, row, image["path"]))
+                    name = PurePosixPath(image.get("path") or f"{Path(path).stem}_{row:06d}").name
+                    entries.append(Entry(name, path, label, offset=row, group=groups + group))
                     row += 1
-                groups += 1
-    if not rows:
+            groups += file.num_row_groups
+    if not entries:
         raise UserError(f"{files[0]}: no rows")
-    return _source(split, "parquet", files, rows, names)
+    return Source(split, unique_keys(entries), read_rows, shuffle="row-groups")
 
 
-def _row_name(path: str, row: int, image_path: str | None) -> str:
-    return PurePosixPath(image_path).name if image_path else f"{Path(path).stem}_{row:06d}"
-
-
-def _image_has_paths(path: str, schema: Any) -> bool:
+def _columns_of_labels(path: str, schema: "pa.Schema") -> list[str]:
+    """The label and, where it is stored, the image's file name. Raises UserError unless images are bytes."""
     import pyarrow as pa
 
     if not {"image", "label"} <= set(schema.names):
         raise UserError(f"{path}: has the columns {', '.join(schema.names)}; image and label are needed")
     image = schema.field("image").type
     if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        return image.get_field_index("path") >= 0
+        return ["label", "image.path"] if image.get_field_index("path") >= 0 else ["label"]
     if pa.types.is_binary(image) or pa.types.is_large_binary(image):
-        return False
+        return ["label"]
     raise UserError(f"{path}: the column image is {image}, neither bytes nor a struct of them")
 
 
+def read_rows(entries: Sequence[Entry]) -> Iterator[bytes]:
+    """The bytes of images in Parquet files. All are held in memory, so that each row group is read only once."""
+    found: dict[tuple[str, int | None], bytes] = {}
+    for path in {entry.file for entry in entries}:
+        wanted = {entry.offset for entry in entries if entry.file == path}
+        row = 0
+        with _open_parquet(path) as file:
+            for group in range(file.num_row_groups):
+                check_stop()
+                rows = range(row, row + file.metadata.row_group(group).num_rows)
+                row = rows.stop
+                if wanted.isdisjoint(rows):
+                    continue
+                batches = file.iter_batches(batch_size=64, row_groups=[group], columns=["image"])
+                images = (image for batch in batches for image in batch.column("image"))
+                for i, image in zip(rows, images, strict=True):
+                    if i in wanted:
+                        value = image.as_py()
+                        found[path, i] = (value["bytes"] if isinstance(value, dict) else value) or b""
+    yield from (found[entry.file, entry.offset] for entry in entries)
+
+
 @contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
-    """A pyarrow.parquet.ParquetFile; damaged files are a UserError."""
+def _open_parquet(path: str) -> Iterator["pq.ParquetFile"]:
+    """Opens a Parquet file; damage, also in what is read from it later, is a UserError."""
     import pyarrow as pa  # slow to import, and only this layout needs it
     import pyarrow.parquet as pq
 
@@ -88,36 +116,3 @@ def open_parquet(path: str) -> Iterator[Any]:
             yield file
     except pa.ArrowException as error:
         raise UserError(f"{path}: damaged or not Parquet ({' '.join(str(error).split())}): copy it again") from None
-
-
-def _parquet_class_names(root: Path, path: str) -> tuple[str, ...] | None:
-    """Names of the ClassLabel `label`: from the file's metadata, dataset_info.json or the data set's card."""
-    with open_parquet(path) as file:
-        metadata = file.schema_arrow.metadata or {}
-    places = []
-    if b"huggingface" in metadata:
-        places.append(json.loads(metadata[b"huggingface"]).get("info", {}))
-    if (root / "dataset_info.json").exists():
-        info = json.loads((root / "dataset_info.json").read_text(encoding="utf-8"))
-        places += [info, *(config for config in info.values() if isinstance(config, dict))]
-    if (root / "README.md").exists():
-        front_matter = re.match(r"---\n(.*?)\n---", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        info = (yaml.safe_load(front_matter[1]) or {}).get("dataset_info", {}) if front_matter else {}
-        places += info if isinstance(info, list) else [info]
-    for place in places:
-        names = _class_label_names(place.get("features"))
-        if names is not None:
-            return names
-    return None
-
-
-def _class_label_names(features: Any) -> tuple[str, ...] | None:
-    """The names in either form of `features`: {"label": {"names": [...]}}, or the list of a card."""
-    if isinstance(features, dict):
-        names = (features.get("label") or {}).get("names")
-        return tuple(names) if names else None
-    for feature in features or []:
-        if feature.get("name") == "label" and isinstance(feature.get("dtype"), dict):
-            names = feature["dtype"].get("class_label", {}).get("names", {})
-            return tuple(names[number] for number in sorted(names, key=int)) or None
-    return None

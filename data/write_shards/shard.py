@@ -1,4 +1,4 @@
-"""One shard: its images are read from the source, decoded as a check, stored and indexed.
+"""One shard: its images are read from their source, decoded as a check, stored and indexed.
 
 `write_shard` is the task of a worker process; what it writes depends on its argument alone.
 Check: `pytest tests/test_write_shards.py`.
@@ -7,12 +7,10 @@ Check: `pytest tests/test_write_shards.py`.
 import hashlib
 import io
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -21,7 +19,7 @@ from webdataset import TarWriter
 
 from data.parallel import check_stop
 from data.tars import DecodeError, open_image, scan_shard
-from data.write_shards.parquet import open_parquet
+from data.write_shards.source import Entry
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256
 from repghost.images import to_rgb
@@ -35,30 +33,28 @@ _PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 class Options:
     """What the bytes of the shards depend on, beside the images."""
 
+    shuffle: str  # that of the sources
     images_per_shard: int
     seed: int
-    resize: int | None
-    quality: int | None
+    resize: int | None  # pixels of the shorter side; None stores the original bytes
+    quality: int | None  # of the JPEGs of `resize`; None without it
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard: where its images are (columns of sources.ENTRY, one value an image) and where it goes."""
+    """One shard: its images in the order in which they are stored, how to read them, and where it goes."""
 
     path: Path
-    record: Path
-    kind: str
-    files: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[int]
-    keys: list[str]
+    record: Path  # tells a later run that the shard is finished
+    entries: list[Entry]
+    read: Callable[[Sequence[Entry]], Iterator[bytes]]
     options: Options
     skip_bad: int
 
     def digest(self) -> str:
         """Hex digest of the images; a file that was replaced since has another size."""
-        return hashlib.sha256(json.dumps([self.keys, self.labels, self.sizes]).encode()).hexdigest()
+        columns = [[getattr(entry, name) for entry in self.entries] for name in ("key", "label", "size")]
+        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,8 @@ class Shard:
     rows: np.ndarray  # [n] of SAMPLE, with shard 0
     bytes: int
     sha256: str
-    skipped: list[str]  # keys
-    converted: int
+    skipped: list[str]  # keys of images that do not decode
+    converted: int  # images of other formats, stored as PNG
 
 
 def finished_shard(task: Task) -> Shard | None:
@@ -77,44 +73,30 @@ def finished_shard(task: Task) -> Shard | None:
     if not task.record.exists() or not task.path.exists():
         return None
     with np.load(task.record) as record:
-        if str(record["source"]) != task.digest():
+        if str(record["source"]) != task.digest() or task.path.stat().st_size != record["bytes"]:
             return None
-        shard = Shard(
-            record["rows"],
-            int(record["bytes"]),
-            str(record["sha256"]),
-            record["skipped"].tolist(),
-            int(record["converted"]),
-        )
-    return shard if task.path.stat().st_size == shard.bytes else None
+        numbers = {name: int(record[name]) for name in ("bytes", "converted")}
+        return Shard(rows=record["rows"], sha256=str(record["sha256"]), skipped=record["skipped"].tolist(), **numbers)
 
 
 def write_shard(task: Task) -> Shard:
     """Writes one shard and its record. Runs in a worker process."""
     skipped: list[str] = []
     converted = 0
-
-    def write(file: BinaryIO) -> None:
-        nonlocal converted
-        # A fixed time and owner: the bytes depend on the images alone.
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for i, data in _read(task):
-                check_stop()
-                try:
-                    stored, extension, changed = _convert(data, task.options)
-                except DecodeError as error:
-                    skipped.append(task.keys[i])
-                    if len(skipped) > task.skip_bad:
-                        raise UserError(
-                            f"{_name(task, i)}: {error}: replace it, or leave it out with --skip-bad"
-                        ) from None
-                    tqdm.write(f"skipped {_name(task, i)}: {error}", file=sys.stderr)
-                    continue
-                converted += changed
-                writer.write({"__key__": task.keys[i], extension: stored, "cls": b"%d" % task.labels[i]})
-
-    with atomic_write(task.path) as file:
-        write(file)
+    # A fixed time and owner: the bytes depend on the images alone.
+    with atomic_write(task.path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for entry, data in zip(task.entries, task.read(task.entries), strict=True):
+            check_stop()
+            try:
+                stored, extension, changed = _convert(data, task.options)
+            except DecodeError as error:
+                skipped.append(entry.key)
+                if len(skipped) > task.skip_bad:
+                    raise UserError(f"{entry}: {error}: replace it, or leave it out with --skip-bad") from None
+                tqdm.write(f"skipped {entry}: {error}", file=sys.stderr)
+                continue
+            converted += changed
+            writer.write({"__key__": entry.key, extension: stored, "cls": b"%d" % entry.label})
     rows, _ = scan_shard(str(task.path))  # what the index says is what lies on the disk
     shard = Shard(rows, task.path.stat().st_size, file_sha256(task.path), skipped, converted)
     # Without object arrays: the record is read without pickle.
@@ -124,63 +106,18 @@ def write_shard(task: Task) -> Shard:
     return shard
 
 
-def _name(task: Task, i: int) -> str:
-    return task.files[i] if task.kind == "file" else f"{task.files[i]}: {task.keys[i]}"
-
-
-def _read(task: Task) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of the images of a task in order."""
-    if task.kind == "file":
-        for i, path in enumerate(task.files):
-            yield i, Path(path).read_bytes()
-    elif task.kind == "archive":
-        with open(task.files[0], "rb") as file:  # the archive of this split
-            if hasattr(os, "posix_fadvise"):  # lets the disk sort the scattered reads
-                for offset, size in zip(task.offsets, task.sizes, strict=True):
-                    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
-            for i, (offset, size) in enumerate(zip(task.offsets, task.sizes, strict=True)):
-                yield i, os.pread(file.fileno(), size, offset)
-    else:
-        yield from enumerate(_read_parquet(task))
-
-
-def _read_parquet(task: Task) -> list[bytes]:
-    """All images of a shard: each of its row groups is read once, in batches."""
-    found: dict[tuple[str, int], bytes] = {}
-    wanted: dict[str, set[int]] = {}
-    for path, row in zip(task.files, task.offsets, strict=True):
-        wanted.setdefault(path, set()).add(row)
-    for path, rows in wanted.items():
-        with open_parquet(path) as file:
-            row = 0
-            for group in range(file.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if rows.isdisjoint(range(row, row + count)):
-                    row += count
-                    continue
-                for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=["image"]):
-                    check_stop()
-                    for value in batch.column("image"):
-                        if row in rows:
-                            image = value.as_py()
-                            found[path, row] = (image["bytes"] if isinstance(image, dict) else image) or b""
-                        row += 1
-    return [found[place] for place in zip(task.files, task.offsets, strict=True)]
-
-
 def _convert(data: bytes, options: Options) -> tuple[bytes, str, bool]:
     """(bytes to store, extension, whether the format was changed to PNG). Raises DecodeError."""
     image = open_image(data, decode=True)
     assert image.format is not None, "PIL opened it"
-    if options.resize and options.quality and min(image.size) > options.resize:
-        short = min(image.size)
+    short = min(image.size)
+    buffer = io.BytesIO()
+    if options.resize and options.quality and short > options.resize:
         width, height = (options.resize * side // short for side in image.size)
         resized = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
         resized.save(buffer, "JPEG", quality=options.quality, subsampling="4:2:0")
         return buffer.getvalue(), "jpg", False
     if image.format in _EXTENSION:
         return data, _EXTENSION[image.format], False
-    buffer = io.BytesIO()
     (image if image.mode in _PNG_MODES else to_rgb(image)).save(buffer, "PNG")
     return buffer.getvalue(), "png", True

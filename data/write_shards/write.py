@@ -5,19 +5,19 @@
     python -m data.write_shards kaggle KAGGLE SHARDS
     python -m data.write_shards parquet IMAGENET-1K SHARDS
 
-Shard i holds the images permutation[i * S : (i + 1) * S] of one permutation drawn from the seed, one task a
-shard, so the bytes are the same for any number of processes. Images are stored as they are and each one is
-decoded once, so that a damaged file is found here and not in training. Started again, the same command goes
-on: finished shards are kept, missing or truncated ones are written again. SHARDS then holds train-000000.tar
-..., train.index.npy, the same for val, manifest.json and parts/ (one record for each shard, needed only to go
-on). Every option's meaning: `python -m data.write_shards FORMAT --help`.
+Shard i holds the images permutation[i * S : (i + 1) * S] of one permutation drawn from the seed. Each shard is a task
+of its own, so the bytes are the same for any number of processes. Images are stored as they are, and each is decoded
+once, so that a damaged file is found here and not in training. The same command started again keeps the finished shards
+and writes those that are missing or truncated. SHARDS then holds train-000000.tar ..., train.index.npy, the same for
+val, manifest.json, and parts/ with a record of each shard, which only a restart reads.
+Every option is explained by `python -m data.write_shards FORMAT --help`.
 
 Check: `pytest tests/test_write_shards.py`.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -35,16 +35,16 @@ from data.write_shards.folder import list_folder
 from data.write_shards.shard import Options, Shard, Task, finished_shard, write_shard
 from data.write_shards.source import SPLITS, Listing, Source
 from repghost.errors import UserError
-from repghost.files import TEMPORARY, atomic_write, file_sha256, write_text
+from repghost.files import atomic_write, file_sha256, remove_leftovers, write_text
+from repghost.reference import IMAGENET
 
 IMAGES_PER_SHARD = 1252  # ImageNet: 1,024 training shards of about 137 MB and 40 for validation
-IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 
 _SHARD_STREAM = 2  # Philox counter's highest word; 0 and 1 belong to data.sampling
 
 
 def write_folder(source: str | Path, out: str | Path, split: str | None = None, **options: Any) -> dict[str, Any]:
-    """Shards from class folders: `split` as in `list_folder`, `options` and result as in `write_shards`."""
+    """Writes class folders to shards: `split` as in `list_folder`, `options` and result as in `write_shards`."""
     return write_shards(list_folder(source, split), out, **options)
 
 
@@ -62,12 +62,13 @@ def write_shards(
 ) -> dict[str, Any]:
     """Writes the images of `listing` to shards in `out` and returns the manifest.
 
-    resize: length in pixels to which a longer shorter side is brought (bicubic), stored as JPEG of `quality`;
-    smaller images stay as they are. skip_bad: how many images that do not decode may be left out; the one
-    after ends the run. Raises UserError, and OSError when a file cannot be read or written.
+    resize: images with a longer shorter side are reduced to this one in pixels (bicubic) and stored as JPEG of
+    `quality`; smaller ones stay as they are. workers: processes, None for one a core. skip_bad: how many images that do
+    not decode may be left out; one more ends the run. Raises UserError, and OSError when a file cannot be read or
+    written.
     """
     out = Path(out)
-    options = Options(images_per_shard, seed, resize, quality if resize else None)
+    options = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
     parts = out / "parts"
     if not parts.exists() and out.exists() and next(out.iterdir(), None) is not None:
         raise UserError(f"{out}: not empty, and not begun by this program: choose a new folder")
@@ -75,22 +76,22 @@ def write_shards(
     try:
         with FileLock(parts / "lock", timeout=0):
             _check_plan(out, listing, options)
-            for leftover in out.rglob(f".*{TEMPORARY}"):  # of a run that was killed
-                leftover.unlink()
-            written = _write_all(listing, out, options, workers or available_cpus(), skip_bad, quiet)
-            manifest = _finish(listing, out, options, written)
+            remove_leftovers(out)
+            tasks = {source.split: _tasks(source, out, options, skip_bad) for source in listing.sources}
+            shards = _write_missing(tasks, workers or available_cpus(), skip_bad, quiet)
+            manifest = _write_manifest(out, listing, options, shards)
     except Timeout:
         raise UserError(f"{out}: another process is writing there") from None
     if not quiet:
-        _report(listing, manifest, written)
+        _report(listing, manifest, shards)
     return manifest
 
 
 def _check_plan(out: Path, listing: Listing, options: Options) -> None:
-    """Shards of different runs must not mix: what decides their order is written down first."""
+    """Records what decides the order of the images, so that shards of different runs never mix."""
     path = out / "parts" / "plan.json"
     sources = {source.split: source.digest() for source in listing.sources}
-    now = {"shuffle": listing.shuffle, **asdict(options)}
+    now = asdict(options)
     plan = {"options": now, "classes": list(listing.classes), "sources": sources}
     if path.exists():
         plan = json.loads(path.read_text(encoding="utf-8"))
@@ -106,67 +107,48 @@ def _check_plan(out: Path, listing: Listing, options: Options) -> None:
     write_text(path, json.dumps(plan))
 
 
-def _order(source: Source, split_number: int, options: Options) -> np.ndarray:
+def _order(source: Source, options: Options) -> np.ndarray:
     """int64 [N]: the order in which the images of a split are stored.
 
-    A permutation of all images. Rows of Parquet files cannot be read one by one, so there the row groups are
-    permuted, the rows inside each, and then the images of each shard; a shard reads few row groups and yet
-    mixes several.
+    "global": one permutation of all images. "row-groups": the rows of Parquet files cannot be read one by one, so the
+    row groups are permuted, the rows inside each, and then the images of each shard, which so reads few row groups and
+    yet mixes several.
     """
-    count = len(source)
-    draws = Philox(key=[options.seed, split_number], counter=[0, 0, 0, _SHARD_STREAM]).random_raw(3 * count)
-    image_draw, group_draw, second_draw = draws.reshape(3, count)
-    if source.kind != "parquet":
+    count = len(source.entries)
+    philox = Philox(key=[options.seed, SPLITS.index(source.split)], counter=[0, 0, 0, _SHARD_STREAM])
+    image_draw, group_draw, second_draw = philox.random_raw(3 * count).reshape(3, count)
+    if options.shuffle == "global":
         return np.argsort(image_draw, kind="stable")
-    order = np.lexsort((image_draw, group_draw[source.table["group"]]))
+    groups = np.array([entry.group for entry in source.entries])
+    order = np.lexsort((image_draw, group_draw[groups]))
     return order[np.lexsort((second_draw, np.arange(count) // options.images_per_shard))]
 
 
-def _tasks(source: Source, split_number: int, out: Path, options: Options, skip_bad: int) -> Iterator[Task]:
-    order = _order(source, split_number, options)
-    for shard, start in enumerate(range(0, len(order), options.images_per_shard)):
-        chosen = order[start : start + options.images_per_shard]
-        rows = source.table[chosen]
-        name = f"{source.split}-{shard:06d}"
-        yield Task(
-            path=out / f"{name}.tar",
-            record=out / "parts" / f"{name}.npz",
-            kind=source.kind,
-            files=[source.files[i] for i in rows["file"]],
-            offsets=rows["offset"].tolist(),
-            sizes=rows["size"].tolist(),
-            labels=rows["label"].tolist(),
-            keys=[source.keys[i] for i in chosen],
-            options=options,
-            skip_bad=skip_bad,
-        )
+def _tasks(source: Source, out: Path, options: Options, skip_bad: int) -> list[Task]:
+    order = _order(source, options).tolist()
+    tasks: list[Task] = []
+    for start in range(0, len(order), options.images_per_shard):
+        name = f"{source.split}-{len(tasks):06d}"
+        entries = [source.entries[i] for i in order[start : start + options.images_per_shard]]
+        record = out / "parts" / f"{name}.npz"
+        tasks.append(Task(out / f"{name}.tar", record, entries, source.read, options, skip_bad))
+    return tasks
 
 
-def _write_all(
-    listing: Listing, out: Path, options: Options, workers: int, skip_bad: int, quiet: bool
-) -> dict[str, list[Shard]]:
-    """The shards of every split, in order; those that are already there are not written again."""
-    tasks = {
-        source.split: list(_tasks(source, SPLITS.index(source.split), out, options, skip_bad))
-        for source in listing.sources
-    }
-    shards: dict[Path, Shard] = {}
-    todo: list[Task] = []
-    for task in (task for tasks_of_split in tasks.values() for task in tasks_of_split):
-        if (shard := finished_shard(task)) is None:
-            todo.append(task)
-        else:
-            shards[task.path] = shard
-    total = sum(len(source) for source in listing.sources)
-    done = total - sum(len(task.keys) for task in todo)
+def _write_missing(tasks: dict[str, list[Task]], workers: int, skip_bad: int, quiet: bool) -> dict[str, list[Shard]]:
+    """The shards of every split, in order; those that are finished are not written again."""
+    everything = [task for tasks_of_split in tasks.values() for task in tasks_of_split]
+    shards = {task.path: shard for task in everything if (shard := finished_shard(task)) is not None}
+    missing = [task for task in everything if task.path not in shards]
+    images = sum(len(task.entries) for task in missing)
     _check_budget(shards.values(), skip_bad)
     with (
-        tqdm(total=total, initial=done, unit="images", desc="writing shards", disable=quiet) as bar,
-        closing(run_parallel(write_shard, todo, min(workers, len(todo)))) as results,
+        tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar,
+        closing(run_parallel(write_shard, missing, min(workers, len(missing)))) as results,
     ):
         for number, shard in results:
-            shards[todo[number].path] = shard
-            bar.update(len(todo[number].keys))
+            shards[missing[number].path] = shard
+            bar.update(len(missing[number].entries))
             _check_budget(shards.values(), skip_bad)
     return {split: [shards[task.path] for task in tasks[split]] for split in tasks}
 
@@ -177,30 +159,14 @@ def _check_budget(shards: Iterable[Shard], skip_bad: int) -> None:
         raise UserError(f"{len(skipped)} images do not decode, more than --skip-bad {skip_bad}: {', '.join(skipped)}")
 
 
-def _finish(listing: Listing, out: Path, options: Options, written: dict[str, list[Shard]]) -> dict[str, Any]:
+def _write_manifest(out: Path, listing: Listing, options: Options, written: dict[str, list[Shard]]) -> dict[str, Any]:
     """Writes the index of each split and, last of all, the manifest."""
     path = out / "manifest.json"
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.exists() else {}
     for split, shards in written.items():
-        rows = np.concatenate([shard.rows for shard in shards])
-        rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
-        assert rows.dtype == SAMPLE, rows.dtype
-        name = f"{split}.index.npy"
-        with atomic_write(out / name) as file:
-            np.save(file, rows)
-        splits[split] = {
-            "images": len(rows),
-            "images_per_class": np.bincount(rows["label"], minlength=len(listing.classes)).tolist(),
-            "skipped": [key for shard in shards for key in shard.skipped],
-            "index": {"file": name, "sha256": file_sha256(out / name)},
-            "shards": [
-                {"file": f"{split}-{i:06d}.tar", "images": len(s.rows), "bytes": s.bytes, "sha256": s.sha256}
-                for i, s in enumerate(shards)
-            ],
-        }
+        splits[split] = _write_index(out, split, shards, len(listing.classes))
     manifest = {
         "format": FORMAT,
-        "shuffle": listing.shuffle,
         **asdict(options),
         "classes": list(listing.classes),
         "splits": {split: splits[split] for split in SPLITS if split in splits},
@@ -209,26 +175,43 @@ def _finish(listing: Listing, out: Path, options: Options, written: dict[str, li
     return manifest
 
 
+def _write_index(out: Path, split: str, shards: list[Shard], classes: int) -> dict[str, Any]:
+    """Writes the index of a split and returns the split's part of the manifest."""
+    rows = np.concatenate([shard.rows for shard in shards])
+    rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
+    assert rows.dtype == SAMPLE, rows.dtype
+    name = f"{split}.index.npy"
+    with atomic_write(out / name) as file:
+        np.save(file, rows)
+    return {
+        "images": len(rows),
+        "images_per_class": np.bincount(rows["label"], minlength=classes).tolist(),
+        "skipped": [key for shard in shards for key in shard.skipped],
+        "index": {"file": name, "sha256": file_sha256(out / name)},
+        "shards": [
+            {"file": f"{split}-{i:06d}.tar", "images": len(s.rows), "bytes": s.bytes, "sha256": s.sha256}
+            for i, s in enumerate(shards)
+        ],
+    }
+
+
 def _report(listing: Listing, manifest: dict[str, Any], written: dict[str, list[Shard]]) -> None:
     imagenet = len(listing.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in listing.classes)
     for source in listing.sources:
-        split = source.split
-        entry = manifest["splits"][split]
-        counts = np.array(entry["images_per_class"])
-        size = sum(shard["bytes"] for shard in entry["shards"])
+        split, shards = source.split, written[source.split]
+        images, counts = manifest["splits"][split]["images"], manifest["splits"][split]["images_per_class"]
         print(
-            f"{split}: {entry['images']:,} images in {len(entry['shards']):,} shards, {size / 1e9:,.3f} GB; "
-            f"{len(counts):,} classes of {counts.min():,} to {counts.max():,} images "
-            f"(median {np.median(counts):,.0f})"
+            f"{split}: {images:,} images in {len(shards):,} shards, {sum(s.bytes for s in shards) / 1e9:,.3f} GB; "
+            f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images (median {np.median(counts):,.0f})"
         )
         for number, what in (
             (source.ignored, "files without an image's extension ignored"),
-            (len(entry["skipped"]), "images skipped because they do not decode"),
-            (sum(shard.converted for shard in written[split]), "images of other formats converted to PNG"),
+            (sum(len(shard.skipped) for shard in shards), "images skipped because they do not decode"),
+            (sum(shard.converted for shard in shards), "images of other formats converted to PNG"),
         ):
             if number:
                 print(f"{split}: {number:,} {what}")
         if imagenet:
-            difference = entry["images"] - IMAGENET_IMAGES[split]
-            verdict = f"{abs(difference):,} {'more' if difference > 0 else 'fewer'}" if difference else "equal"
-            print(f"{split}: ImageNet has {IMAGENET_IMAGES[split]:,} images: {verdict}")
+            expected = IMAGENET[SPLITS.index(split)]
+            verdict = f"{abs(images - expected):,} {'more' if images > expected else 'fewer'}"
+            print(f"{split}: ImageNet has {expected:,} images: {verdict if images != expected else 'equal'}")
