@@ -1,6 +1,7 @@
 """RepGhostNet: the network, its reparameterization, and what trains and evaluates it."""
 
-from repghost.model import WIDTHS, RepGhostNet, repghostnet
+from repghost.model import WIDTHS, RepGhostNet
 from repghost.reparameterize import reparameterize
+from repghost.weights import load_weights, repghostnet
 
-__all__ = ["WIDTHS", "RepGhostNet", "reparameterize", "repghostnet"]
+__all__ = ["WIDTHS", "RepGhostNet", "load_weights", "reparameterize", "repghostnet"]

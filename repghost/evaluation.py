@@ -316,7 +316,7 @@ def evaluate_exported(
     **options: Any,
 ) -> dict[str, Any]:
     """As `repghost.run.evaluate_model`, for an exported file, which has no training form to differ from."""
-    facts = model.facts
+    facts = model.metadata
     scored = scored_labels(test_set, real_labels, data.index("val"), facts["num_classes"])
     result = evaluate(trainer, model, data, scored=scored, **options)
     result["fused"] |= {"top1_flips": None, "max_abs_logit_diff": None, "max_rel_logit_diff": None}

@@ -1,8 +1,7 @@
 """Image files outside of shards: finding them, reading them, and what evaluation does to their pixels.
 
-The preprocessing is that of evaluation, by torchvision's own transforms: shorter side resized (bicubic, with
-antialiasing), centre crop, ImageNet's mean and standard deviation. Like there, the EXIF orientation is not applied,
-transparency is dropped and grey becomes RGB with three equal channels; 16 bits become 8.
+The preprocessing is that of evaluation, by torchvision's own transforms. Like there, the EXIF orientation is not
+applied, transparency is dropped and grey becomes RGB with three equal channels; 16 bits become 8.
 Check: `pytest tests/test_predict.py`, which compares pixels with the validation loader's.
 """
 
@@ -10,6 +9,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -23,36 +23,46 @@ from repghost.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SCHEMES = ("http://", "https://", "file://")  # what is read as a URL
 TIMEOUT = 30  # seconds without a byte from a server
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, RGB in [0, 1]
 
 
-def evaluation_transform(image_size: int, crop_fraction: float) -> v2.Compose:
-    """From a PIL image or uint8 [..., 3, H, W] to normalized float32 [..., 3, image_size, image_size].
+@dataclass(frozen=True)
+class Preprocessing:
+    """What evaluation does to an image: shorter side resized (bicubic, antialiased), centre cut out, normalized.
 
-    The shorter side becomes floor(image_size / crop_fraction), the centre is cut out. Raises UserError for sizes and
-    fractions that no image has.
+    image_size: side of the crop, in pixels. crop_fraction: its share of the shorter side. mean, std: of each channel
+    (RGB), for pixels in [0, 1]. The defaults are those of the published weights.
     """
-    if image_size < 1:
-        raise UserError(f"image_size={image_size}: give the side of the images in pixels")
-    if not 0 < crop_fraction <= 1:
-        raise UserError(f"crop_fraction={crop_fraction} is not in (0, 1]")
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.Resize(int(image_size / crop_fraction), v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(image_size),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-            v2.ToPureTensor(),
-        ]
-    )
+
+    image_size: int = 224
+    crop_fraction: float = 0.875
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    @property
+    def shorter_side(self) -> int:
+        """Of the resized image, in pixels."""
+        return int(self.image_size / self.crop_fraction)
+
+    def transform(self) -> v2.Compose:
+        """PIL image or uint8 [..., 3, H, W] to normalized float32 [..., 3, image_size, image_size]."""
+        return v2.Compose(
+            [
+                v2.ToImage(),
+                v2.Resize(self.shorter_side, v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.CenterCrop(self.image_size),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.mean, self.std),
+                v2.ToPureTensor(),
+            ]
+        )
 
 
 def image_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """The image files that `paths` (files, folders, URLs) stand for, in their order; nothing is opened.
 
-    A folder gives the files below it that have an image's extension, sorted by name within every folder; hidden ones
-    are left out. Files and URLs come as they are, whatever their names. One folder's names at a time are in memory.
+    A folder gives all files below it that have an image's extension, sorted by name within each folder, without hidden
+    ones. Files and URLs are taken whatever their names.
     """
     for path in (os.fspath(path) for path in paths):
         if not is_url(path) and os.path.isdir(path):
@@ -70,10 +80,12 @@ def read_image(path: str) -> Image.Image:
     if is_url(path):
         # Some servers refuse clients without a name.
         with urlopen(Request(path, headers={"User-Agent": "repghost"}), timeout=TIMEOUT) as answer:
-            content = answer.read()
-    else:
-        with open(path, "rb") as file:
-            content = file.read()
+            return decode(answer.read())
+    return decode(Path(path).read_bytes())
+
+
+def decode(content: bytes) -> Image.Image:
+    """The image in the content of a file, in RGB."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image)
@@ -115,66 +127,57 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
             yield os.path.join(path, name)
 
 
-def photographs(source: str | Path, count: int) -> list[Image.Image]:
+def calibration_images(source: str | Path, count: int) -> list[Image.Image]:
     """Up to `count` images, in RGB, from a folder or from one tar file (a shard).
 
-    A folder's are taken evenly from all of it, because it is sorted by class; a shard's are its first, because shards
-    are shuffled. Raises UserError for a source without images, and for the first image that cannot be read.
+    Those of a folder are spread evenly over all of it, because it is sorted by class; those of a shard are its first,
+    because shards are shuffled. Raises UserError for a source without images, and for an image that cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         files = list(image_files([path]))
-        chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)]
-        images = [_read(name, name) for name in chosen]
+        chosen = np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)
+        contents: Iterable[tuple[str, bytes]] = ((files[i], Path(files[i]).read_bytes()) for i in chosen)
     elif path.is_file():
-        images = _from_shard(path, count)
+        contents = _shard_contents(path, count)
     else:
         raise UserError(f"{path}: no such folder or shard")
+    images = []
+    for name, content in contents:
+        try:
+            images.append(decode(content))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{name}: cannot be read as an image ({error})") from None
     if not images:
         raise UserError(f"{path}: no images in it; give a folder of images or a shard, which is a tar file")
     return images
 
 
-def sample_photographs(count: int) -> tuple[list[Image.Image], str]:
-    """`count` different crops of scikit-learn's two photographs, in RGB, and what they are in words.
-
-    Raises UserError where scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        raise UserError("no photographs to check the export with: give check=FOLDER or check=SHARD.tar") from None
-    photos = load_sample_images().images
-    rng, crops = np.random.default_rng(0), []
-    for i in range(count):
-        photo = photos[i % len(photos)]
-        height, width = (int(rng.integers(length // 3, length + 1)) for length in photo.shape[:2])
-        top, left = (int(rng.integers(0, photo.shape[axis] - side + 1)) for axis, side in enumerate((height, width)))
-        crops.append(Image.fromarray(photo[top : top + height, left : left + width]))
-    return crops, f"{count} crops of {len(photos)} photographs"
-
-
-def _from_shard(path: Path, count: int) -> list[Image.Image]:
-    images: list[Image.Image] = []
+def _shard_contents(path: Path, count: int) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the first `count` images of a tar file."""
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                if len(images) == count:
-                    break
                 if member.isfile() and member.name.lower().endswith(EXTENSIONS):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    images.append(_read(io.BytesIO(content.read()), f"{path}: {member.name}"))
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield f"{path}: {member.name}", file.read()
+                    if (count := count - 1) == 0:
+                        return
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a shard, which is a tar file ({error})") from None
-    return images
 
 
-def _read(file: str | io.BytesIO, name: str) -> Image.Image:
+def sample_images(count: int) -> list[Image.Image]:
+    """`count` different crops of scikit-learn's two photographs, in RGB. Raises UserError where it is not installed."""
     try:
-        if isinstance(file, str):
-            return read_image(file)
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: cannot be read as an image ({error})") from None
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        raise UserError("no images to check the export with: give check=FOLDER or check=SHARD.tar") from None
+    photographs, rng, crops = load_sample_images().images, np.random.default_rng(0), []
+    for i in range(count):
+        pixels = photographs[i % len(photographs)]
+        height, width = (int(rng.integers(length // 3, length + 1)) for length in pixels.shape[:2])
+        top, left = (int(rng.integers(0, pixels.shape[axis] - side + 1)) for axis, side in enumerate((height, width)))
+        crops.append(Image.fromarray(pixels[top : top + height, left : left + width]))
+    return crops

@@ -2,14 +2,13 @@
 
 Parameter names, shapes and order are the official implementation's, so published checkpoints load with
 `strict=True` and give the same logits. In fused form (`fused=True`, what `repghost.reparameterize` returns)
-no BatchNorm is left: every convolution keeps its name and has a bias.
+there is no BatchNorm: every convolution keeps its name and has a bias.
 Check: `pytest tests/test_model.py`, which compares keys and logits with timm's, and parameters and
 multiply-accumulates with the published table.
 """
 
 import copy
 import math
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -48,8 +47,8 @@ STAGES = (
 Reparam = Literal["bn", "identity", "none"]
 
 
-def _channels(value: float) -> int:
-    """The multiple of 4 nearest to `value`, never less than 4 or than 0.9 of `value`."""
+def round_channels(value: float) -> int:
+    """The multiple of 4 nearest to `value`, but at least 4 and at least 0.9 of `value`."""
     channels = max(4, math.floor((value + 2) / 4) * 4)
     return channels + 4 if channels < 0.9 * value else channels
 
@@ -57,7 +56,7 @@ def _channels(value: float) -> int:
 def _conv_bn(
     in_channels: int, out_channels: int, kernel: int, fused: bool, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.Module]:
-    """A convolution without bias and its BatchNorm; fused, a convolution with bias and a place holder."""
+    """A convolution without bias and its BatchNorm; fused, a convolution with bias and an identity."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=fused)
     return conv, nn.Identity() if fused else nn.BatchNorm2d(out_channels)
 
@@ -67,7 +66,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        reduced = _channels(channels / 4)
+        reduced = round_channels(channels / 4)
         self.conv_reduce = nn.Conv2d(channels, reduced, 1)
         self.conv_expand = nn.Conv2d(reduced, channels, 1)
 
@@ -146,7 +145,19 @@ class RepGhostBottleneck(nn.Module):
 
 
 class RepGhostNet(nn.Module):
-    """Images [N, in_channels, H, W] to logits [N, num_classes]. The arguments are those of `repghostnet`."""
+    """Images [N, in_channels, H, W] to logits [N, num_classes]; torch's default initialisation.
+
+    width: the multiplier of all channels, one of `WIDTHS` or any other positive number.
+    dropout: the probability before the classifier, in training mode.
+    reparam: the identity branch of the RepGhost modules, "bn" as published; "identity" (without BatchNorm) and "none"
+        are ablations of the paper.
+    shortcut: False is the paper's ablation without the residual shortcut in the blocks with in = out and stride 1.
+    fused: build the form that `repghost.reparameterize` returns, to load its state dict. `reparam` then makes no
+        difference, because the identity branch is part of a convolution.
+
+    Raises UserError for a width that is not positive and finite, less than one class or input channel, a dropout
+    outside [0, 1) and an unknown identity branch.
+    """
 
     def __init__(
         self,
@@ -169,19 +180,19 @@ class RepGhostNet(nn.Module):
             raise UserError(f"reparam={reparam}: give one of {', '.join(get_args(Reparam))}")
         self.width, self.shortcut, self.fused = width, shortcut, fused
 
-        channels = _channels(16 * width)
+        channels = round_channels(16 * width)
         self.conv_stem, self.bn1 = _conv_bn(in_channels, channels, 3, fused, stride=2)
         self.relu = nn.ReLU(inplace=True)
         stages = []
         for rows in STAGES:
             blocks = []
             for kernel, mid, out, se, stride in rows:
-                mid, out = _channels(mid * width), _channels(out * width)
+                mid, out = round_channels(mid * width), round_channels(out * width)
                 blocks.append(RepGhostBottleneck(channels, mid, out, kernel, stride, se, reparam, shortcut, fused))
                 channels = out
             stages.append(nn.Sequential(*blocks))
         last = nn.Sequential()  # blocks.9.0
-        conv, bn = _conv_bn(channels, _channels(960 * width), 1, fused)
+        conv, bn = _conv_bn(channels, round_channels(960 * width), 1, fused)
         for name, module in {"conv": conv, "bn1": bn, "relu": nn.ReLU(inplace=True)}.items():
             last.add_module(name, module)
         self.blocks = nn.Sequential(*stages, nn.Sequential(last))
@@ -209,37 +220,8 @@ class RepGhostNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def repghostnet(
-    width: float = 1.0,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    dropout: float = 0.2,
-    reparam: Reparam = "bn",
-    shortcut: bool = True,
-    fused: bool = False,
-    weights: str | Path | None = None,
-) -> RepGhostNet:
-    """A RepGhostNet with torch's default initialisation, or with trained weights.
-
-    width: the multiplier of all channels, one of `WIDTHS` or any other positive number.
-    dropout: the probability before the classifier, in training mode.
-    reparam: the identity branch of the RepGhost modules, "bn" as published; "identity" (without BatchNorm)
-        and "none" are ablations of the paper.
-    shortcut: False is the paper's ablation without the residual shortcut in the blocks with in = out and
-        stride 1.
-    fused: build the form that `repghost.reparameterize` returns, to load its state dict. `reparam` then makes
-        no difference, because the identity branch is part of a convolution.
-    weights: "timm" for the published weights of the width, or a file or folder (see `repghost.weights`).
-
-    Raises UserError for a width that is not positive and finite, less than one class or input channel, a
-    dropout outside [0, 1), an unknown identity branch and weights that do not fit.
-    """
-    model = RepGhostNet(width, num_classes, in_channels, dropout, reparam, shortcut, fused)
-    if weights is not None:
-        from repghost.weights import load_weights  # which builds on this module
-
-        load_weights(model, weights)
-    return model
+# The name in the config.yaml of every run; `repghost.repghostnet` also loads weights.
+repghostnet = RepGhostNet
 
 
 def count_parameters(model: nn.Module) -> int:

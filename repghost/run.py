@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -76,6 +75,8 @@ def read_config(directory: Path) -> DictConfig:
 
 def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     """The config of evaluate.py; with run=, its data and image size are the run's where the command names no others."""
+    from hydra.core.hydra_config import HydraConfig  # predict and export do not need Hydra
+
     overrides = HydraConfig.get().overrides.task
     if config.run is not None:
         trained = read_config(Path(config.run))
@@ -157,6 +158,8 @@ def top1(folder: Path) -> float | None:
 
 def run_name(config: DictConfig) -> str:
     """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
+    from hydra.core.hydra_config import HydraConfig
+
     hydra_config: Any = HydraConfig.get()
     root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
     width = f"{config.width:g}" if isinstance(config.width, int | float) else config.width

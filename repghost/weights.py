@@ -1,10 +1,11 @@
 """Where weights come from and in which form they are written.
 
 A source is one of
-    timm                the published weights of a width, timm's repository of it on the Hugging Face hub
-    FILE                safetensors, a checkpoint of train.py, an official .pth.tar, a plain state dict; told by content
+    timm                the published weights of a width, from timm's repository on the Hugging Face hub
+    FILE                safetensors, a checkpoint of train.py, an official .pth.tar or a plain state dict; the content
+                        decides which
     official:FILE       the same; says that the file is one of the authors'
-    FOLDER              one that holds model.safetensors: a run's, an exported one, or a repository that was downloaded
+    FOLDER              one that holds model.safetensors: a run's, an exported one, or a downloaded repository
 Weights are in training or in fused form. Nothing in a file is executed. Check: `pytest tests/test_weights.py`.
 """
 
@@ -13,7 +14,7 @@ import pickle
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from repghost.errors import UserError
 from repghost.files import atomic_write
-from repghost.model import WIDTHS, Reparam, RepGhostNet, repghostnet
+from repghost.model import WIDTHS, Reparam, RepGhostNet, round_channels
 from repghost.reference import published_repository
 
 StateDict = dict[str, Tensor]
@@ -34,11 +35,110 @@ WEIGHTS_FILE = "model.safetensors"
 _STATE_KEYS = ("ema", "state_dict_ema", "state_dict", "model")
 
 
+def repghostnet(
+    width: float = 1.0,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    dropout: float = 0.2,
+    reparam: Reparam = "bn",
+    shortcut: bool = True,
+    fused: bool = False,
+    weights: str | Path | None = None,
+) -> RepGhostNet:
+    """A RepGhostNet, whose docstring explains the other arguments, with new weights or with those of a source.
+
+    weights: "timm" for the published weights of the width, or a file or folder (see the module).
+
+    Raises UserError for arguments that no network has and for weights that do not fit.
+    """
+    model = RepGhostNet(width, num_classes, in_channels, dropout, reparam, shortcut, fused)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model: RepGhostNet, source: str | Path) -> None:
+    """Gives `model` all weights of `source`. Raises UserError for another width, number of classes or form."""
+    state = read_weights(source, model.width)
+    found = _architecture(state, str(source))
+    if found.fused != model.fused:
+        forms = ["fused" if fused else "in training form" for fused in (found.fused, model.fused)]
+        raise UserError(f"{source}: these weights are {forms[0]}, the network is {forms[1]}")
+    if found.num_classes != (classes := model.classifier.out_features):
+        raise UserError(f"{source}: weights of {found.num_classes} classes, but the network has {classes}")
+    _require_fit(state, model, str(source))
+    model.load_state_dict(state)
+
+
+def load_model(source: str | Path, width: float) -> RepGhostNet:
+    """The network of `width` with the weights of `source`, in their form, in evaluation mode."""
+    return model_from_state(read_weights(source, width), str(source), width)
+
+
+def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet:
+    """The RepGhostNet of `width` that `state` belongs to, in training or fused form, in evaluation mode.
+
+    Number of classes, input channels and form are read off the tensors; the width is checked. Raises UserError that
+    names `source` and what does not fit.
+    """
+    found = _architecture(state, source)
+    with torch.device("meta"):
+        model = RepGhostNet(width, **found._asdict())
+    _require_fit(state, model, source)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def start_from(model: RepGhostNet, source: str) -> None:
+    """Gives `model` the weights of `source`, all but the classifier, which keeps its initial ones."""
+    state = read_weights(source, model.width)
+    if model_from_state(state, source, model.width).fused:
+        raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
+    classifier = {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
+    model.load_state_dict(state | classifier)
+
+
 def save_weights(model: RepGhostNet, path: str | Path) -> None:
     """Writes the state dict of `model` as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(tensors))
+
+
+class _Architecture(NamedTuple):
+    """Arguments of RepGhostNet that the tensors of a state dict tell."""
+
+    num_classes: int
+    in_channels: int
+    reparam: Reparam
+    fused: bool
+
+
+def _architecture(state: StateDict, source: str) -> _Architecture:
+    classifier, stem = (state.get(f"{name}.weight") for name in ("classifier", "conv_stem"))
+    if classifier is None or stem is None or min(classifier.ndim, stem.ndim) < 2:
+        raise UserError(f"{source}: these are not the weights of a RepGhostNet")
+    fused = "conv_stem.bias" in state
+    reparam: Reparam = "bn" if fused or "blocks.0.0.ghost1.fusion_bn.0.weight" in state else "none"
+    return _Architecture(len(classifier), stem.shape[1], reparam, fused)
+
+
+def _require_fit(state: StateDict, model: RepGhostNet, source: str) -> None:
+    """Raises UserError that says in what the names or shapes of `state` are not those of `model`."""
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - state.keys()):
+        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise UserError(f"{source}: {len(unknown)} tensors do not belong to a RepGhostNet, the first is {unknown[0]}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            head = state["conv_head.weight"].shape[1:2]
+            (other,) = [w for w in WIDTHS if head == (round_channels(960 * w),)] or (model.width,)
+            raise UserError(
+                f"{source}: these are not the weights of width={model.width:g}"
+                + (f" but of width={other:g}" if other != model.width else "")
+                + f": {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            )
 
 
 def read_weights(source: str | Path, width: float | None = None) -> StateDict:
@@ -92,99 +192,6 @@ def _from_hub(repository: str) -> Path:
             f"{repository}: cannot be fetched and is not in the hub's cache (HF_HOME): {first} "
             f"A folder that holds its {WEIGHTS_FILE} does as well: weights=FOLDER"
         ) from None
-
-
-def start_from(model: RepGhostNet, source: str) -> None:
-    """Gives `model` the weights of `source`, all but the classifier, which keeps its initial ones."""
-    state = read_weights(source, model.width)
-    model_from_state(state, source, model.width)
-    if is_fused(state):
-        raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
-    own = model.state_dict()
-    model.load_state_dict({k: own[k] if k.startswith("classifier.") else v for k, v in state.items()})
-
-
-def load_weights(model: RepGhostNet, source: str | Path) -> None:
-    """Gives `model` all weights of `source`. Raises UserError for another width, number of classes or form."""
-    state = read_weights(source, model.width)
-    _require_network(state, str(source))
-    if is_fused(state) != model.fused:
-        forms = "fused" if is_fused(state) else "in training form", "fused" if model.fused else "in training form"
-        raise UserError(f"{source}: these weights are {forms[0]}, the network is {forms[1]}")
-    classes = len(state["classifier.weight"])
-    if classes != model.classifier.out_features:
-        raise UserError(f"{source}: weights of {classes} classes, but the network has {model.classifier.out_features}")
-    _require_fit(state, model, str(source), model.width)
-    model.load_state_dict(state)
-
-
-def load_model(source: str | Path, width: float) -> RepGhostNet:
-    """The network that the weights of `source` belong to, in the form that they are in, in evaluation mode."""
-    return model_from_state(read_weights(source, width), str(source), width)
-
-
-def is_fused(state: StateDict) -> bool:
-    """Whether these are the weights of a reparameterized network: its convolutions have biases."""
-    return "conv_stem.bias" in state
-
-
-def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet:
-    """The RepGhostNet that `state` belongs to, in training or fused form, in evaluation mode.
-
-    Number of classes, input channels and form are read off the tensors; the width is the caller's word and is
-    checked. Raises UserError that names `source` and what does not fit.
-    """
-    _require_network(state, source)
-    with torch.device("meta"):
-        model = _network_of(state, width)
-    _require_fit(state, model, source, width)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _network_of(state: StateDict, width: float) -> RepGhostNet:
-    """A network of `width` with the number of classes, input channels and the form of `state`."""
-    fused = is_fused(state)
-    reparam: Reparam = "bn" if fused or "blocks.0.0.ghost1.fusion_bn.0.weight" in state else "none"
-    return repghostnet(
-        width,
-        num_classes=len(state["classifier.weight"]),
-        in_channels=state["conv_stem.weight"].shape[1],
-        reparam=reparam,
-        fused=fused,
-    )
-
-
-def _require_network(state: StateDict, source: str) -> None:
-    if any(name not in state or state[name].ndim < 2 for name in ("classifier.weight", "conv_stem.weight")):
-        raise UserError(f"{source}: these are not the weights of a RepGhostNet")
-
-
-def _require_fit(state: StateDict, model: RepGhostNet, source: str, width: float) -> None:
-    """Raises UserError that says in what the names or shapes of `state` are not those of `model`, of `width`."""
-    expected = model.state_dict()
-    if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise UserError(f"{source}: {len(unknown)} tensors do not belong to a RepGhostNet, the first is {unknown[0]}")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            other = _width_of(state)
-            raise UserError(
-                f"{source}: these are not the weights of width={width:g}"
-                + (f" but of width={other:g}" if other and other != width else "")
-                + f": {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
-
-
-def _width_of(state: StateDict) -> float | None:
-    """The published width that all shapes of `state` are of, None for another."""
-    for width in WIDTHS:
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in _network_of(state, width).state_dict().items()}
-        if all(tensor.shape == shapes.get(name) for name, tensor in state.items()):
-            return width
-    return None
 
 
 def read_checkpoint(path: str | Path) -> Any:

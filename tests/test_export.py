@@ -1,5 +1,7 @@
 """Exports run in their own runtimes as torch runs the fused network; mistakes leave one line and no file."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,20 +9,26 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from helpers import photographs as normalized
 from helpers import randomize_batchnorm
+from huggingface_hub import ModelCard
 from images import make_class_folders, patch
 from onnxruntime import InferenceSession
 from PIL import Image
 from test_evaluation import random_network, rows, validation_shards
+from test_predict import make_run
 
 from repghost import reparameterize, repghostnet
+from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export import check as export_check
 from repghost.export.preprocess import Preprocess
-from repghost.images import evaluation_transform, sample_photographs
+from repghost.export.runtimes import open_exported
+from repghost.images import Preprocessing, sample_images
 from repghost.model import WIDTHS
+from repghost.reference import timm_name
 from repghost.weights import load_model, save_weights
 
 Program = Callable[..., int]
@@ -34,8 +42,12 @@ def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return random_network(0.5, 10, tmp_path / "w.safetensors")
 
 
-def exported(*arguments: str, width: float = 0.5) -> None:
-    export.main(["weights=w.safetensors", f"width={width:g}", *arguments])
+def command(*arguments: str) -> int:
+    return run_command(lambda: export.run(arguments))
+
+
+def exported(*arguments: str, width: float = 0.5) -> int:
+    return command("weights=w.safetensors", f"width={width:g}", *arguments)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -53,9 +65,9 @@ def assert_nothing_is_left_to_fold(path: Path) -> None:
 
 @torch.no_grad()
 def test_onnx_gives_torchs_logits_for_any_batch(half: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    exported("format=onnx", "image_size=64", "opset=20", "out=model.onnx")
+    assert exported("format=onnx", "image_size=64", "opset=20", "out=model.onnx") == 0
     said = capsys.readouterr().out
-    assert "largest difference from torch in the logits" in said and "16 crops of 2 photographs" in said
+    assert "largest difference from torch in the logits" in said and "16 crops of photographs" in said
     assert_nothing_is_left_to_fold(Path("model.onnx"))
     assert onnx.load("model.onnx").opset_import[0].version == 20
     session = InferenceSession("model.onnx")
@@ -67,11 +79,11 @@ def test_onnx_gives_torchs_logits_for_any_batch(half: Any, capsys: pytest.Captur
 
 @torch.no_grad()
 def test_onnx_preprocesses_as_torchvision(half: Any) -> None:
-    exported("format=onnx", "image_size=64", "preprocess=true", "softmax=true", "out=model.onnx")
+    assert exported("format=onnx", "image_size=64", "preprocess=true", "softmax=true", "out=model.onnx") == 0
     assert_nothing_is_left_to_fold(Path("model.onnx"))
     session = InferenceSession("model.onnx")
-    transform = evaluation_transform(64, 0.875)
-    for image in sample_photographs(12)[0]:
+    transform = Preprocessing(64).transform()
+    for image in sample_images(12):
         expected = half(transform(image)[None]).softmax(1).numpy()
         found = session.run(["probabilities"], {"image": pixels(image)})[0]
         assert np.abs(found - expected).max() < 2e-3
@@ -80,24 +92,40 @@ def test_onnx_preprocesses_as_torchvision(half: Any) -> None:
 
 @pytest.mark.parametrize("size", [(97, 130), (64, 64), (75, 73), (40, 31), (401, 223), (1, 9)])
 def test_preprocessing_is_torchvisions_to_one_level(size: tuple[int, int]) -> None:
-    photo = sample_photographs(2)[0][1].resize(size[::-1])
+    photo = sample_images(2)[1].resize(size[::-1])
     tensor = torch.from_numpy(pixels(photo).copy())
-    one, other = (Preprocess(64, 73, fixed)(tensor) for fixed in (None, size))
+    one, other = (Preprocess(Preprocessing(64), fixed)(tensor) for fixed in (None, size))
     assert torch.equal(one, other)
-    levels = 255 * 0.225 * (one[0] - evaluation_transform(64, 0.875)(photo)).abs()
+    levels = 255 * 0.225 * (one[0] - Preprocessing(64).transform()(photo)).abs()
     assert levels.max() < 2.1 and (levels > 0.5).float().mean() < 0.05
 
 
 @pytest.mark.slow
 def test_safetensors_are_the_fused_weights_of_a_run(train_tiny: Program) -> None:
     assert train_tiny("name=tiny", "epochs=1") == 0
-    export.main(["run=outputs/tiny", "format=safetensors"])
+    assert command("run=outputs/tiny", "format=safetensors") == 0
     fused, written = (load_model(f"outputs/tiny/{name}.safetensors", 0.1) for name in ("model_fused", "fused"))
     assert written.fused
     for name, tensor in written.state_dict().items():
         assert torch.equal(tensor, fused.state_dict()[name]), name
-    export.main(["run=outputs/tiny", "format=executorch"])  # which takes no weights in channels_last, as a run's are
+    # Which takes no weights in channels_last, as a run's are.
+    assert command("run=outputs/tiny", "format=executorch") == 0
     assert Path("outputs/tiny/fused.pte").exists()
+
+
+@torch.no_grad()
+def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
+    mean, std = (0.1, 0.5, 0.9), (0.5, 0.25, 0.75)
+    model = make_run(tmp_path, mean=list(mean), std=list(std))
+    assert command(f"run={tmp_path}", "format=onnx", "preprocess=true") == 0
+    photograph, session = sample_images(1)[0], InferenceSession(tmp_path / "fused.onnx")
+    expected = model(Preprocessing(32, 1.0, mean, std).transform()(photograph)[None]).numpy()
+    found = session.run(["logits"], {"image": pixels(photograph)})[0]
+    other = model(Preprocessing(32, 1.0).transform()(photograph)[None]).numpy()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(other - expected).max()
+    assert command(f"run={tmp_path}", "format=onnx") == 0
+    metadata = open_exported(tmp_path / "fused.onnx", 32).metadata
+    assert (metadata["mean"], metadata["std"], metadata["crop_fraction"]) == (mean, std, 1.0)
 
 
 MISTAKES = (
@@ -108,7 +136,7 @@ MISTAKES = (
     ("image_size=0", "image_size=0"),
     ("batch=0", "batch=0"),
     ("batch=many", "batch=many"),
-    ("preprocess=yes", "give true or false"),
+    ("preprocess=maybe", "give true or false"),
     ("dtype=int4", "float32, float16"),
     ("int8=true", "calibration="),
     ("calibration=.", "int8=true"),
@@ -129,8 +157,7 @@ MISTAKES = (
 @pytest.mark.parametrize(("argument", "said"), MISTAKES)
 def test_mistakes_end_in_one_line(half: Any, argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path().iterdir())
-    with pytest.raises(SystemExit, match="2"):
-        exported("format=onnx", argument)
+    assert exported("format=onnx", argument) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and sorted(Path().iterdir()) == before
 
@@ -143,14 +170,15 @@ def test_mistakes_end_in_one_line(half: Any, argument: str, said: str, capsys: p
         (("format=torchscript", "input_size=9by9"), "such as 480x640"),
         (("format=safetensors", "opset=18"), "does not read"),
         (("format=hub",), "weights: format=hub does not read"),
-        (("format=wings",), "the formats are onnx"),
+        (("format=wings",), "format=wings: give one of onnx"),
+        (("w.pt",), "w.pt: options are given as KEY=VALUE"),
+        ((), "format is missing"),
     ],
 )
 def test_what_a_format_cannot_do(
     half: Any, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        exported(*arguments)
+    assert exported(*arguments) == 2
     assert said in capsys.readouterr().err
 
 
@@ -158,16 +186,14 @@ def test_an_export_that_differs_from_torch_is_not_written(
     half: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(export_check, "TOLERANCE", -1.0)
-    with pytest.raises(SystemExit):
-        exported("format=torchscript", "image_size=64", "out=model.pt")
+    assert exported("format=torchscript", "image_size=64", "out=model.pt") == 2
     assert "the export is wrong, nothing was written" in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["w.safetensors"]
 
 
 def test_a_missing_package_names_the_extra(half: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx_of_tomorrow",))
-    with pytest.raises(SystemExit):
-        exported("format=onnx")
+    assert exported("format=onnx") == 2
     assert "onnx_of_tomorrow is not installed: pip install 'repghost[deploy]'" in capsys.readouterr().err
 
 
@@ -175,7 +201,7 @@ def test_evaluate_counts_every_image_with_the_exported_file(half: Any, evaluate_
     data = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128)
     common = (f"data.root={data}", "image_size=64", "report=predictions", "trainer=cpu", "data.workers=0")
     assert evaluate_with("weights=w.safetensors", "width=0.5", *common) == 0
-    exported("format=onnx", "image_size=64", "batch=4", "out=model.onnx")
+    assert exported("format=onnx", "image_size=64", "batch=4", "out=model.onnx") == 0
     assert evaluate_with("weights=model.onnx", *common) == 0
     torchs, onnxs = rows("results/results.csv")
     assert onnxs["images"] == "25" and onnxs["width"] == "0.5" and onnxs["top1_flips"] == ""
@@ -188,7 +214,7 @@ def test_evaluate_counts_every_image_with_the_exported_file(half: Any, evaluate_
 def test_evaluate_says_what_it_cannot_evaluate(
     half: Any, evaluate_with: Program, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported("format=onnx", "image_size=64", "softmax=true", "out=model.onnx")
+    assert exported("format=onnx", "image_size=64", "softmax=true", "out=model.onnx") == 0
     graph = onnx.load("model.onnx")
     del graph.metadata_props[:]
     onnx.save(graph, "other.onnx")
@@ -206,7 +232,7 @@ def test_evaluate_says_what_it_cannot_evaluate(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exported(f"format={form}", "image_size=64")
+    assert exported(f"format={form}", "image_size=64") == 0
     said = capsys.readouterr().out
     assert Path(f"repghostnet_0.5{export.ENDINGS[form]}").exists()
     assert ("not run: Core ML runs on macOS only" if form == "coreml" else "largest difference from torch") in said
@@ -215,15 +241,18 @@ def test_every_format(half: Any, form: str, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["executorch", "torchscript", "coreml"])
 def test_every_format_preprocesses(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exported(f"format={form}", "image_size=64", "preprocess=true", "input_size=120x160", "softmax=true", "batch=3")
+    assert (
+        exported(f"format={form}", "image_size=64", "preprocess=true", "input_size=120x160", "softmax=true", "batch=3")
+        == 0
+    )
     assert "written" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "executorch", "torchscript", "coreml"])
 def test_float16(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exported(f"format={form}", "image_size=96", "dtype=float16")
-    exported("format=safetensors", "image_size=96")
+    assert exported(f"format={form}", "image_size=96", "dtype=float16") == 0
+    assert exported("format=safetensors", "image_size=96") == 0
     small = Path(f"repghostnet_0.5_float16{export.ENDINGS[form]}")
     size = sum(path.stat().st_size for path in [small, *small.rglob("*")])
     # XNNPACK keeps the weights in float32 and rounds them when it loads them.
@@ -233,7 +262,7 @@ def test_float16(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 def test_evaluate_with_executorch(half: Any, evaluate_with: Program, tmp_path: Path) -> None:
     data = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128)
-    exported("format=executorch", "image_size=64", "batch=4", "out=model.pte")
+    assert exported("format=executorch", "image_size=64", "batch=4", "out=model.pte") == 0
     common = (f"data.root={data}", "image_size=64", "trainer=cpu", "data.workers=0")
     assert evaluate_with("weights=model.pte", *common) == 0
     assert evaluate_with("weights=w.safetensors", "width=0.5", *common) == 0
@@ -250,9 +279,9 @@ def test_onnx_agrees_in_every_top1_of_200_photographs(width: float, tmp_path: Pa
     model = repghostnet(width)
     randomize_batchnorm(model, 0)
     save_weights(model, "w.safetensors")
-    exported("format=onnx", "image_size=128", "out=model.onnx", width=width)
+    assert exported("format=onnx", "image_size=128", "out=model.onnx", width=width) == 0
     assert_nothing_is_left_to_fold(Path("model.onnx"))
-    session, transform = InferenceSession("model.onnx"), evaluation_transform(128, 0.875)
+    session, transform = InferenceSession("model.onnx"), Preprocessing(128).transform()
     images = torch.stack([transform(patch(number, 60, 290)) for number in range(200)])
     for batch in images.split(20):
         logits = session.run(None, {"image": batch.numpy()})[0]
@@ -263,5 +292,38 @@ def test_onnx_agrees_in_every_top1_of_200_photographs(width: float, tmp_path: Pa
 def test_check_takes_the_users_photographs(half: Any, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_class_folders(Path("photos"), per_class=4)
     for source in ("photos", str(next(shards.glob("*.tar")))):
-        exported("format=torchscript", "image_size=64", f"check={source}")
-        assert f"photographs of {source}" in capsys.readouterr().out
+        assert exported("format=torchscript", "image_size=64", f"check={source}") == 0
+        assert f"images of {source}" in capsys.readouterr().out
+
+
+def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    normalization = ("recipe.augment.mean=[0.1,0.5,0.9]", "recipe.augment.std=[0.5,0.25,0.75]")
+    assert train_tiny("name=half", "width=0.5", "epochs=1", *normalization) == 0
+    assert command("run=outputs/half", "format=hub", "selection=best_ema", "out=hub") == 0
+    model = timm.create_model("local-dir:hub", pretrained=True).eval()
+    assert model.num_classes == 3 and tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+    assert model.pretrained_cfg["label_names"] == Path("outputs/half/classes.txt").read_text().split()
+    data = timm.data.resolve_data_config(model=model)
+    assert (
+        data["crop_pct"] == 0.875 and list(data["mean"]) == [0.1, 0.5, 0.9] and list(data["std"]) == [0.5, 0.25, 0.75]
+    )
+    ours = load_model("outputs/half/checkpoints/best_ema.ckpt", 0.5)
+    with torch.no_grad():
+        images = normalized(2, 32)
+        assert torch.allclose(model(images), ours(images), atol=1e-5)
+    card = Path("hub/README.md").read_text()
+    result = json.loads(Path("outputs/half/evaluation_best_ema.json").read_text())
+    assert f"| 15 | {result['top1']:.2f} |" in card and "(curve.png)" in card and Path("hub/curve.png").exists()
+    assert re.search(r"learning_rate: 0?\.?\d", card) and "{" not in card.partition("## Recipe")[0]
+    top1, top5 = ModelCard.load("hub/README.md").data.eval_results or ()
+    assert (top1.metric_type, top1.metric_value) == ("accuracy", round(result["top1"], 2))
+    assert top1.dataset_name in card and top5.metric_value == round(result["top5"], 2)
+    assert load_model("hub", 0.5).classifier.out_features == 3
+    assert command("run=outputs/none", "format=hub") == 2
+    assert "outputs/none" in capsys.readouterr().err
+
+
+def test_timms_names() -> None:
+    assert [timm_name(width) for width in (0.5, 0.58, 2.0)] == [f"repghostnet_{n}" for n in ("050", "058", "200")]
+    with pytest.raises(UserError, match=r"width=0\.1"):
+        timm_name(0.1)

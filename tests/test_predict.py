@@ -1,12 +1,14 @@
 """Predictions on real photographs: in three formats, of files, folders and URLs, equal to what evaluation sees."""
 
 import json
+import subprocess
 import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from data.crops import CenterCrops
 from data.reader import resize
 from data.sampling import RankSampler
 from repghost import predict, repghostnet
-from repghost.errors import UserError
-from repghost.images import evaluation_transform, image_files, read_image
+from repghost.errors import UserError, run_command
+from repghost.images import Preprocessing, image_files, read_image
+from repghost.options import parse
 from repghost.reference import class_words, synsets
 from repghost.run import class_names_of, write_class_names
 from repghost.weights import save_weights
@@ -85,7 +88,7 @@ def test_predictions_are_those_of_the_unfused_network_on_evaluation_pixels(
 ) -> None:
     (row,) = lines(weights, capsys, str(photos / "a.jpg"), "top=3")
     model = repghostnet(0.1, weights=weights).eval()
-    image = evaluation_transform(64, 0.875)(read_image(str(photos / "a.jpg")))
+    image = Preprocessing(64).transform()(read_image(str(photos / "a.jpg")))
     with torch.no_grad():
         probabilities, labels = model(image[None]).softmax(1).topk(3)
     assert [entry["label"] for entry in row["top"]] == labels[0].tolist()
@@ -102,7 +105,7 @@ def test_pixels_are_those_of_the_validation_loader(photo: str) -> None:
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     expected = resize(tensor, crops(0, 0), 0)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    found = evaluation_transform(96, 0.875)(Image.fromarray(pixels)) * std + mean
+    found = Preprocessing(96).transform()(Image.fromarray(pixels)) * std + mean
     assert (found * 255 - expected).abs().max() < 1e-3
 
 
@@ -177,7 +180,7 @@ def test_paths_with_an_equals_sign(
     rows = lines(weights, capsys, "./top=1.jpg", "a=b.jpg")
     assert [row["file"] for row in rows] == ["./top=1.jpg", "a=b.jpg"]
     with pytest.raises(UserError, match="colour is not a key"):
-        predict.split_arguments(["colour=red"])
+        predict.run(["colour=red"])
 
 
 @pytest.mark.parametrize(
@@ -191,15 +194,16 @@ def test_paths_with_an_equals_sign(
         (["a.jpg", "weights=nothing.pt", "width=1"], "nothing.pt: no such file"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["predict", *arguments])
-    with pytest.raises(SystemExit) as end:
-        predict.main()
-    captured = capsys.readouterr()
-    assert end.value.code == 2 and captured.err.startswith("error: ") and message in captured.err
-    assert len(captured.err.splitlines()) == 1
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: predict.run(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_the_command_line() -> None:
+    command = [sys.executable, "-m", "repghost.predict"]
+    done = subprocess.run([*command, "a.jpg"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and done.stderr.startswith("error: give either run=") and done.stdout == ""
 
 
 def test_the_class_names_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,22 +213,37 @@ def test_the_class_names_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert class_names_of(tmp_path) == ["owl", "tench", "a spaced name"]
 
 
-def test_a_run_knows_its_classes_size_and_crop(tmp_path: Path, shards: Path) -> None:
+def make_run(folder: Path, **changes: Any) -> torch.nn.Module:
+    """A run of a network with three classes in `folder`, as predict and export need it; the network, for evaluation."""
     torch.manual_seed(0)
     model = repghostnet(0.1, num_classes=3)
-    config = {"width": 0.1, "image_size": 32, "data": {"root": str(shards), "class_names": None, "crop_fraction": 1.0}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "checkpoints").mkdir()
-    write_class_names(tmp_path, ["cat", "dog", "owl"])
-    torch.save({"ema": model.state_dict(), "history": [{"epoch": 0}]}, tmp_path / "checkpoints" / "last.ckpt")
-    image = tmp_path / "owl.png"
+    augment = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]} | changes
+    config = {"width": 0.1, "image_size": 32, "data": {"crop_fraction": 1.0}, "recipe": {"augment": augment}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "checkpoints").mkdir()
+    write_class_names(folder, ["cat", "dog", "owl"])
+    torch.save({"ema": model.state_dict(), "history": [{"epoch": 0}]}, folder / "checkpoints" / "last.ckpt")
+    return model.eval()
+
+
+def predict_one(image: Path, *arguments: str) -> predict.Prediction:
+    paths, options = parse(predict.Options, [str(image), *arguments])
+    (prediction,) = predict.open_predictor(options)(paths, lambda file, error: pytest.fail(f"{file}: {error}"))
+    return prediction
+
+
+@pytest.mark.parametrize("normalization", [{}, {"mean": [0.1, 0.5, 0.9], "std": [0.5, 0.25, 0.75]}])
+def test_a_run_knows_its_classes_and_preprocessing(normalization: dict[str, list[float]], tmp_path: Path) -> None:
+    model, image = make_run(tmp_path, **normalization), tmp_path / "owl.png"
     patch(2).save(image)
-    found = predict.predictor({"run": str(tmp_path)})
-    (prediction,) = found([str(image)], on_error=lambda file, error: pytest.fail(f"{file}: {error}"))
+    prediction = predict_one(image, f"run={tmp_path}")
     assert sorted(prediction.classes) == ["cat", "dog", "owl"] and sum(prediction.probabilities) == pytest.approx(1)
+    preprocessing = Preprocessing(32, 1.0, **{name: tuple(values) for name, values in normalization.items()})
     with torch.no_grad():
-        expected = model.eval()(evaluation_transform(32, 1.0)(read_image(str(image)))[None]).softmax(1)[0]
+        expected = model(preprocessing.transform()(read_image(str(image)))[None]).softmax(1)[0]
     assert prediction.probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
+    smaller = predict_one(image, f"run={tmp_path}", "image_size=16", "crop_fraction=0.5")
+    assert smaller.probabilities != prediction.probabilities
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "1"])

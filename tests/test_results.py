@@ -1,23 +1,14 @@
 """The paper's table from measurements that are there, and only those; the figure; a model for the hub."""
 
 import csv
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
-from helpers import photographs
 
 from repghost import figures
-from repghost.errors import UserError
-from repghost.export import __main__ as export
-from repghost.export import hub
 from repghost.results import COLUMNS, HEADER, MARKERS, append_result, main, paper_rows, paper_table, read_results
-from repghost.weights import load_model
 
 Program = Callable[..., int]
 
@@ -124,32 +115,3 @@ def test_the_figure_shows_the_published_networks_and_the_measured_ones(tmp_path:
     assert "RepGhostNet, measured" not in written[1].read_text()
     ours = {round(float(r["top1"]), 2) for r in figures.peers() if r["family"] == "RepGhostNet"}
     assert len(ours) == 8 and {r["family"] for r in figures.peers()} == set(figures.STYLES)
-
-
-def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("name=half", "width=0.5", "epochs=1") == 0
-    export.main(["run=outputs/half", "format=hub", "selection=best_ema", "out=hub"])
-    model = timm.create_model("local-dir:hub", pretrained=True).eval()
-    assert model.num_classes == 3 and tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
-    assert model.pretrained_cfg["label_names"] == Path("outputs/half/classes.txt").read_text().split()
-    assert timm.data.resolve_data_config(model=model)["crop_pct"] == 0.875
-    ours = load_model("outputs/half/checkpoints/best_ema.ckpt", 0.5)
-    with torch.no_grad():
-        images = photographs(2, 32)
-        assert torch.allclose(model(images), ours(images), atol=1e-5)
-    card = Path("hub/README.md").read_text()
-    result = json.loads(Path("outputs/half/evaluation_best_ema.json").read_text())
-    assert f"| 15 | {result['top1']:.2f} |" in card and "(curve.png)" in card and Path("hub/curve.png").exists()
-    assert re.search(r"learning_rate: 0?\.?\d", card) and "{" not in card.partition("## Recipe")[0]
-    assert load_model("hub", 0.5).classifier.out_features == 3
-
-    for arguments, said in (
-        (["run=outputs/none", "format=hub"], "outputs/none"),
-        (["run=outputs/half"], "format"),
-        (["rum=outputs/half", "format=hub"], "rum"),
-    ):
-        with pytest.raises(SystemExit):
-            export.main(arguments)
-        assert said in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"width=0\.1"):
-        hub._timm_architecture(0.1)

@@ -142,3 +142,32 @@ def test_what_is_no_source_is_named(tmp_path: Path) -> None:
             read_weights(source, WIDTH)
     with pytest.raises(UserError, match=r"width=0\.7 is not published"):
         read_weights("timm", 0.7)
+
+
+ONLY_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[2].split(","):
+            raise ModuleNotFoundError(f"forbidden: {name}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import repghost
+model = repghost.repghostnet(0.5, weights=sys.argv[1])
+assert not repghost.reparameterize(model).training
+try:
+    repghost.repghostnet(0.7, weights="timm")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_network_and_its_weights_need_torch_safetensors_and_the_hub_only(theirs: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(theirs.state_dict(), path)
+    refused = "pytorch_lightning,lightning,hydra,omegaconf,matplotlib,torchvision,PIL,torchmetrics,data,webdataset"
+    command = [sys.executable, "-c", ONLY_TORCH, str(path), refused]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "width=0.7 is not published" in done.stdout

@@ -4,41 +4,38 @@
     python -m repghost.export weights=timm width=1.0 format=executorch
     python -m repghost.export run=outputs/NAME format=onnx int8=true calibration=SHARD.tar
 
-Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub.
-Keys: image_size; batch (a number, or dynamic; an ONNX or TorchScript file takes any number unless one is given,
-ExecuTorch and Core ML take 1); dtype=float16; softmax=true; opset (ONNX); preprocess=true: the file takes photographs,
-uint8 [N, H, W, 3], and resizes and normalizes them itself, ONNX those of any size, the others those of
-input_size=HEIGHTxWIDTH; crop_fraction (of its centre crop); int8=true with calibration=FOLDER|SHARD.tar and
-calibration_images (see `repghost.export.quantize`); check=FOLDER|SHARD.tar: photographs to check the export with.
-
-Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one that
-differs by too much is an error (see `repghost.export.check`).
-Check: `pytest tests/test_export.py tests/test_quantize.py`.
+Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub (a folder for the Hugging
+Face hub). Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one
+that differs by too much is an error (see `repghost.export.check`). INT8 also leaves a report beside the file (see
+`repghost.export.quantize`). Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
-import re
+import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from PIL import Image
 
-from repghost.errors import UserError
-from repghost.export import formats as deploy
-from repghost.export.check import check_coreml, checked_inputs, compare, inputs_of, open_written, report_int8
+from repghost.errors import UserError, run_command
+from repghost.export import formats
+from repghost.export.check import check_coreml, compare, inputs_of, int8_report, int8_summary, open_written
 from repghost.export.formats import Deployable, Deployment
 from repghost.export.hub import export_hub
 from repghost.export.quantize import quantize_executorch, quantize_onnx
-from repghost.export.runtimes import require
-from repghost.files import TEMPORARY, atomic_write
-from repghost.images import photographs, sample_photographs
+from repghost.export.runtimes import quiet, require
+from repghost.files import TEMPORARY, atomic_write, write_text
+from repghost.images import Preprocessing, calibration_images, sample_images
 from repghost.model import RepGhostNet
+from repghost.options import Option, parse
 from repghost.reparameterize import reparameterize
-from repghost.run import load_run, read_config
-from repghost.weights import load_model, save_weights
+from repghost.source import SourceOptions, open_source
+from repghost.weights import save_weights
 
 ENDINGS = {"onnx": ".onnx", "executorch": ".pte", "torchscript": ".pt", "coreml": ".mlpackage",
            "safetensors": ".safetensors"}  # fmt: skip
@@ -47,164 +44,148 @@ FORMATS = (*ENDINGS, "hub")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch.exir", "torchao"),
             "coreml": ("coremltools",)}  # fmt: skip
 
-_SOURCE = ("run", "selection", "weights", "width", "format", "out")
-_NETWORK = (*_SOURCE, "image_size", "batch", "dtype", "softmax", "preprocess", "crop_fraction", "check")
-_INT8 = ("int8", "calibration", "calibration_images")
-KEYS = {
-    "onnx": (*_NETWORK, "opset", *_INT8),
-    "executorch": (*_NETWORK, "input_size", *_INT8),
-    "torchscript": (*_NETWORK, "input_size"),
-    "coreml": (*_NETWORK, "input_size"),
-    "safetensors": (*_SOURCE, "image_size", "crop_fraction", "check"),
-    "hub": ("run", "selection", "format", "out"),
+_HUB = {"run", "selection", "format", "out"}
+_WEIGHTS = _HUB | {"weights", "width", "image_size", "crop_fraction", "check"}
+_NETWORK = _WEIGHTS | {"batch", "dtype", "softmax", "preprocess"}
+_INT8 = {"int8", "calibration", "calibration_images"}
+READ = {  # the keys that each format reads
+    "onnx": _NETWORK | _INT8 | {"opset"},
+    "executorch": _NETWORK | _INT8 | {"input_size"},
+    "torchscript": _NETWORK | {"input_size"},
+    "coreml": _NETWORK | {"input_size"},
+    "safetensors": _WEIGHTS,
+    "hub": _HUB,
 }
-CHECKED = 16  # photographs that an export is compared on
+CHECKED = 16  # images that an export is compared on
 
 
-@dataclass(frozen=True)
-class Source:
-    """The fused network to export, where it came from in words of evaluate.py, and the images it was made for."""
+@dataclass
+class Options(SourceOptions):
+    """What to export, and how."""
 
-    model: RepGhostNet
-    arguments: str
-    image_size: int
-    crop_fraction: float
+    format: Annotated[str | None, Option("what is written", FORMATS)] = None
+    out: Annotated[Path | None, Option("the file or folder, by default in the run's folder")] = None
+    batch: Annotated[
+        str | None,
+        Option("images of a call", pattern=r"[1-9]\d{0,5}|dynamic", form="a whole number above 0, or dynamic"),
+    ] = None
+    dtype: Annotated[str, Option("of the network's weights and activations", ("float32", "float16"))] = "float32"
+    softmax: Annotated[bool, Option("whether probabilities come out instead of logits")] = False
+    opset: Annotated[int, Option("of ONNX", above=0)] = formats.OLDEST_OPSET
+    preprocess: Annotated[bool, Option("whether the file takes photographs, uint8 [N, H, W, 3]")] = False
+    input_size: Annotated[
+        str | None,
+        Option(
+            "size of the photographs; ONNX takes any",
+            pattern=r"[1-9]\d{0,4}x[1-9]\d{0,4}",
+            form="HEIGHTxWIDTH in pixels, such as 480x640",
+        ),
+    ] = None
+    int8: Annotated[bool, Option("whether to quantize, with scales from calibration=")] = False
+    calibration: Annotated[Path | None, Option("folder of images, or a shard")] = None
+    calibration_images: Annotated[int, Option("how many", above=0)] = 128
+    check: Annotated[Path | None, Option("folder or shard of images to check the export on")] = None
 
 
-def export(given: dict[str, str]) -> Path:
-    """Exports as `given` says (KEY: VALUE, as on the command line) and prints what was checked; returns the file.
+def export(options: Options) -> Path:
+    """Writes the export, prints how it was checked and returns its path.
 
-    Raises UserError for what does not go together or cannot be read, and for an export that differs from torch;
-    nothing is then written.
+    Raises UserError for options that do not go together, and for an export that differs from torch; nothing is then
+    written.
     """
-    form = given["format"]
-    for package in PACKAGES.get(form, ()):
+    for package in PACKAGES.get(str(options.format), ()):
         require(package)
-    int8 = _flag(given, "int8")
-    if int8 != ("calibration" in given) or ("calibration_images" in given and not int8):
+    if options.int8 != (options.calibration is not None):
         raise UserError("int8=true and calibration=FOLDER or SHARD.tar go together: its scales come from images")
-    source = _source(given)
-    deployment = _deployment(given, form, source)
-    if int8 and deployment.float16:
-        raise UserError("dtype=float16 and int8=true: give one of them")
-    out = _out(given, form, source.model.width, deployment, int8)
-    opset = _number(given, "opset", deploy.OLDEST_OPSET)
-
-    calibration = photographs(given["calibration"], _number(given, "calibration_images", 128)) if int8 else []
-    if "check" in given:
-        images = photographs(given["check"], CHECKED)
-        what = f"{len(images)} photographs of {given['check']}"
-    elif int8:
-        images, what = calibration, f"the {len(calibration)} calibration images"
-    else:
-        images, what = sample_photographs(CHECKED)
-
-    facts = {
-        "width": float(source.model.width),
-        "num_classes": source.model.classifier.out_features,
-        "image_size": deployment.image_size,
-        "batch": deployment.batch or 0,
-        "preprocess": int(deployment.preprocess),
-        "softmax": int(deployment.softmax),
-        "precision": "int8" if int8 else "float16" if deployment.float16 else "float32",
-    }
+    source = open_source(options)
+    deployment = _deployment(options, source.preprocessing)
+    out = _out(options, deployment, source.model.width)
+    model = reparameterize(source.model).to(memory_format=torch.contiguous_format)  # a run's is in channels_last
+    calibration = []
+    if options.calibration is not None:
+        calibration = calibration_images(options.calibration, options.calibration_images)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / out.name
-        with deploy.quiet():
-            module = Deployable(source.model, deployment)
-            if form == "safetensors":
-                save_weights(source.model, written)
-            elif form == "torchscript":
-                deploy.write_torchscript(module, deployment, written)
-            elif form == "coreml":
-                deploy.write_coreml(source.model, deployment, written)
-            elif form == "onnx" and int8:
-                exact = Path(folder) / "float32.onnx"
-                deploy.write_onnx(module, deployment, exact, opset, facts)
-                quantize_onnx(exact, written, inputs_of(calibration, deployment))
-            elif form == "onnx":
-                deploy.write_onnx(module, deployment, written, opset, facts)
-            elif int8:
-                deploy.write_executorch(quantize_executorch(module, inputs_of(calibration, deployment)), written, facts)
-            else:
-                program = torch.export.export(module, (deploy.example_input(deployment),))
-                deploy.write_executorch(program, written, facts)
-        reference = Deployable(source.model, replace(deployment, float16=False))
-        if form == "coreml":
+        with quiet():
+            _write(options, model, deployment, written, calibration)
+        if options.format == "coreml":
             print(check_coreml(written))
+        elif calibration:
+            runtime = open_written(str(options.format), written, model.width)
+            report = {"file": str(out), "calibration": str(options.calibration)}
+            report |= int8_report(model, runtime, calibration, deployment)
+            path = out.with_suffix(".int8.json")
+            write_text(path, json.dumps(report, indent=2) + "\n")
+            print(int8_summary(report, path, source))
         else:
-            model = open_written(form, written, source.model.width)
-            if int8:
-                origin = given["calibration"], source.arguments
-                print(report_int8(reference, model, source.model, deployment, images, what, out, *origin))
-            else:
-                print(compare(reference, model, checked_inputs(images, deployment), deployment, what))
+            images, what = sample_images(CHECKED), f"{CHECKED} crops of photographs"
+            if options.check is not None:
+                images = calibration_images(options.check, CHECKED)
+                what = f"{len(images)} images of {options.check}"
+            runtime = open_written(str(options.format), written, model.width)
+            print(f"{compare(model, runtime, images, deployment)}; checked on {what}")
         _publish(written, out)
     return out
 
 
-def _source(given: dict[str, str]) -> Source:
-    if ("run" in given) == ("weights" in given):
-        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE with its width=")
-    if "run" in given:
-        if "width" in given:
-            raise UserError("width: a run knows its own; the key goes with weights=")
-        directory, selection = Path(given["run"]), given.get("selection", "last")
-        config = read_config(directory)
-        model, _ = load_run(directory, selection)
-        arguments = f"run={directory}" + (f" selection={selection}" if "selection" in given else "")
-        size, crop = config.image_size, config.data.crop_fraction
-    else:
-        if "selection" in given:
-            raise UserError("selection: the key goes with run=")
-        if "width" not in given:
-            raise UserError("width is missing: say which width the weights are of, width=1.0")
-        width = _real(given, "width", 0.0, float("inf"))
-        model, size, crop = load_model(given["weights"], width), 224, 0.875
-        arguments = f"weights={given['weights']} width={width:g}"
-    if (channels := model.conv_stem.in_channels) != 3:
-        raise UserError(f"a network for images with {channels} channels: exports are checked on photographs, with 3")
-    fused = reparameterize(model).to(memory_format=torch.contiguous_format)  # a run's are in channels_last
-    return Source(fused, arguments, size, crop)
-
-
-def _deployment(given: dict[str, str], form: str, source: Source) -> Deployment:
-    any_batch = form in ("onnx", "torchscript", "safetensors")
-    batch = given.get("batch", "dynamic" if any_batch else "1")
+def _deployment(options: Options, preprocessing: Preprocessing) -> Deployment:
+    form = options.format
+    if options.int8 and options.dtype == "float16":
+        raise UserError("dtype=float16 and int8=true: give one of them")
+    if form != "onnx" and options.preprocess != (options.input_size is not None):
+        what = f"a {form} file takes photographs of one size"
+        raise UserError(f"preprocess=true and input_size=HEIGHTxWIDTH go together: {what}")
+    batch = options.batch or ("1" if form in ("executorch", "coreml") else "dynamic")
     if batch == "dynamic" and form == "executorch":
         raise UserError("batch=dynamic: ExecuTorch plans its memory in advance; give the number, batch=1")
-    dtype = given.get("dtype", "float32")
-    if dtype not in ("float32", "float16"):
-        raise UserError(f"dtype={dtype} is not one of float32, float16")
-    deployment = Deployment(
-        image_size=_number(given, "image_size", source.image_size),
-        batch=None if batch == "dynamic" else _number(given, "batch", 1),
-        preprocess=_flag(given, "preprocess"),
-        input_size=_input_size(given),
-        crop_fraction=_real(given, "crop_fraction", 0.0, 1.0) if "crop_fraction" in given else source.crop_fraction,
-        softmax=_flag(given, "softmax"),
-        float16=dtype == "float16",
+    height, _, width = (options.input_size or "").partition("x")
+    return Deployment(
+        preprocessing,
+        batch=None if batch == "dynamic" else int(batch),
+        preprocess=options.preprocess,
+        input_size=(int(height), int(width)) if options.input_size else None,
+        softmax=options.softmax,
+        precision="int8" if options.int8 else "float16" if options.dtype == "float16" else "float32",
     )
-    if form != "onnx" and deployment.preprocess != ("input_size" in given):
-        raise UserError(
-            f"preprocess=true and input_size=HEIGHTxWIDTH go together: a {form} file takes photographs of one size"
-        )
-    return deployment
 
 
-def _out(given: dict[str, str], form: str, width: float, deployment: Deployment, int8: bool) -> Path:
-    if "out" in given:
-        out = Path(given["out"]).expanduser()
-        if out.suffix != ENDINGS[form]:
-            raise UserError(f"out={out}: the name of a {form} file ends in {ENDINGS[form]}")
-        if out.is_dir() != (form == "coreml") and out.exists():
+def _out(options: Options, deployment: Deployment, width: float) -> Path:
+    ending = ENDINGS[str(options.format)]
+    if options.out is not None:
+        out = options.out.expanduser()
+        if out.suffix != ending:
+            raise UserError(f"out={out}: the name of a {options.format} file ends in {ending}")
+        if out.exists() and out.is_dir() != (options.format == "coreml"):
             raise UserError(f"out={out}: this is a {'folder' if out.is_dir() else 'file'}")
         return out
-    kind = "_int8" if int8 else "_float16" if deployment.float16 else ""
-    if "run" in given:
-        selection = f"_{given['selection']}" if given.get("selection", "last") != "last" else ""
-        return Path(given["run"]) / f"fused{selection}{kind}{ENDINGS[form]}"
-    return Path(f"repghostnet_{width:g}{kind}{ENDINGS[form]}")
+    kind = "" if deployment.precision == "float32" else f"_{deployment.precision}"
+    if options.run is None:
+        return Path(f"repghostnet_{width:g}{kind}{ending}")
+    selection = f"_{options.selection}" if options.selection not in (None, "last") else ""
+    return options.run / f"fused{selection}{kind}{ending}"
+
+
+def _write(
+    options: Options, model: RepGhostNet, deployment: Deployment, path: Path, calibration: Sequence[Image.Image]
+) -> None:
+    """Writes the fused `model` to `path`; with calibration images, in INT8."""
+    module, metadata = Deployable.of(model, deployment), formats.metadata_of(model, deployment)
+    inputs = inputs_of(calibration, deployment) if calibration else []
+    match options.format:
+        case "safetensors":
+            save_weights(model, path)
+        case "torchscript":
+            formats.write_torchscript(module, deployment, path)
+        case "coreml":
+            formats.write_coreml(model, deployment, path)
+        case "onnx":
+            formats.write_onnx(module, deployment, path, options.opset, metadata)
+            if inputs:
+                quantize_onnx(path, inputs)
+        case "executorch":
+            program = quantize_executorch(module, deployment, inputs) if inputs else None
+            program = program or torch.export.export(module, (formats.example_input(deployment),))
+            formats.write_executorch(program, path, metadata)
 
 
 def _publish(written: Path, out: Path) -> None:
@@ -214,86 +195,31 @@ def _publish(written: Path, out: Path) -> None:
             file.write(written.read_bytes())
         return
     beside = out.with_name(f".{out.name}{TEMPORARY}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(written, beside)
-    if out.exists():
-        shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
 
 
-def _flag(given: dict[str, str], key: str) -> bool:
-    value = given.get(key, "false")
-    if value not in ("true", "false"):
-        raise UserError(f"{key}={value}: give true or false")
-    return value == "true"
-
-
-def _number(given: dict[str, str], key: str, default: int) -> int:
-    value = given.get(key)
-    if value is None:
-        return default
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", value):
-        raise UserError(f"{key}={value}: give a whole number from 1 on")
-    return int(value)
-
-
-def _real(given: dict[str, str], key: str, above: float, most: float) -> float:
-    try:
-        value = float(given[key])
-    except ValueError:
-        value = float("nan")
-    if not above < value <= most or value == float("inf"):
-        raise UserError(f"{key}={given[key]}: give a number above {above:g}" + (f", at most {most:g}" * (most < 1e9)))
-    return value
-
-
-def _input_size(given: dict[str, str]) -> tuple[int, int] | None:
-    if "input_size" not in given:
-        return None
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", given["input_size"])
-    if match is None:
-        raise UserError(f"input_size={given['input_size']}: give HEIGHTxWIDTH in pixels, such as 480x640")
-    return int(match[1]), int(match[2])
-
-
-def _parse(arguments: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE arguments of one format. Raises UserError for a key that it does not read, or that has no value."""
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if not any(key in keys for keys in KEYS.values()):
-            known = dict.fromkeys(key for keys in KEYS.values() for key in keys)
-            raise UserError(f"{key} is not a key; the keys are {', '.join(known)}, given as KEY=VALUE")
-        if not value:
-            raise UserError(f"{key} has no value: {key}=VALUE")
-        if key in given:
-            raise UserError(f"{key} is given twice")
-        given[key] = value
-    form = given.get("format")
-    if form not in FORMATS:
-        raise UserError(f"give run=outputs/NAME format=FORMAT; the formats are {', '.join(FORMATS)}")
-    if unread := [key for key in given if key not in KEYS[form]]:
-        raise UserError(f"{unread[0]}: format={form} does not read this key, only {', '.join(KEYS[form])}")
-    return given
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Exports as the KEY=VALUE arguments say."""
-    try:
-        given = _parse(sys.argv[1:] if arguments is None else arguments)
-        if given["format"] == "hub":
-            if "run" not in given:
-                raise UserError("give run=outputs/NAME format=hub: a model card needs a run")
-            out = Path(given.get("out") or Path(given["run"]) / "hub")
-            export_hub(Path(given["run"]), given.get("selection", "last"), out)
-            print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-        else:
-            print(f"written: {export(given)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def run(arguments: Sequence[str]) -> None:
+    """Exports as the arguments say."""
+    paths, options = parse(Options, arguments)
+    if paths:
+        raise UserError(f"{paths[0]}: options are given as KEY=VALUE; --help lists them")
+    if options.format is None:
+        raise UserError(f"format is missing: format=FORMAT, one of {', '.join(FORMATS)}")
+    read = READ[options.format]
+    if unread := [key for key in (argument.partition("=")[0] for argument in arguments) if key not in read]:
+        raise UserError(f"{unread[0]}: format={options.format} does not read this key, only {', '.join(sorted(read))}")
+    if options.format != "hub":
+        print(f"written: {export(options)}")
+        return
+    if options.run is None:
+        raise UserError("give run=outputs/NAME format=hub: a model card needs a run")
+    out = options.out or options.run / "hub"
+    export_hub(options.run, options.selection or "last", out)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(lambda: run(sys.argv[1:])))

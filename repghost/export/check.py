@@ -1,15 +1,15 @@
 """Whether an export is right: its own runtime against torch, on photographs.
 
-In float32 no logit may differ by more than 1e-4 (with softmax, the logarithm of a probability). float16 keeps 11 binary
-digits, so a rounding is off by up to 5e-4; those of the weights and activations of about a hundred layers add up like
-the square root of 200, to 7e-3 of the largest logit, and three times that, 2e-2, is the bound. INT8 has no bound: what
-it loses is reported. Check: `pytest tests/test_export.py tests/test_quantize.py`.
+In float32 no logit may differ by more than 1e-4 (with softmax, the logarithm of a probability). float16 has 11
+significant bits, so a rounding is off by up to 5e-4; those of the weights and activations of about a hundred layers add
+up like the square root of 200, to 7e-3 of the largest logit, and the bound is three times that, 2e-2. INT8 has no
+bound: what it loses is reported. Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from repghost.errors import UserError
-from repghost.export.formats import Deployable, Deployment, coreml_operations, quiet
+from repghost.export.formats import Deployable, Deployment, coreml_operations
 from repghost.export.quantize import layer_losses, sqnr
-from repghost.export.runtimes import ExportedModel, open_executorch, open_onnx, open_torchscript
-from repghost.files import write_text
-from repghost.images import evaluation_transform
+from repghost.export.runtimes import ExportedModel, open_executorch, open_onnx, open_torchscript, quiet
 from repghost.model import RepGhostNet
+from repghost.source import Source
 from repghost.weights import load_model
 
 TOLERANCE = 1e-4  # of float32 logits, absolute
 TOLERANCE_FLOAT16 = 2e-2  # of the largest logit
 EXAMINED = 32  # calibration images that every layer's loss is measured on
-SHOWN = 5  # of the layers that lose most
+SHOWN = 5  # layers in the summary of an INT8 report
 
 
 def inputs_of(images: Sequence[Image.Image], deployment: Deployment) -> list[Tensor]:
@@ -36,26 +35,17 @@ def inputs_of(images: Sequence[Image.Image], deployment: Deployment) -> list[Ten
 
     A batch of fixed size is filled up with the first ones; where sizes differ, every batch is of one image.
     """
-    if deployment.preprocess and deployment.input_size is None:
-        return [_pixels(image).expand(deployment.batch or 1, -1, -1, -1) for image in images]
-    if deployment.input_size is not None:
+    size = deployment.batch or 1
+    if not deployment.preprocess:
+        transform = deployment.preprocessing.transform()
+        rows = [transform(image) for image in images]
+    elif deployment.input_size is None:
+        return [_pixels(image).expand(size, -1, -1, -1) for image in images]
+    else:
         height, width = deployment.input_size
         rows = [_pixels(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
-    else:
-        transform = evaluation_transform(deployment.image_size, deployment.crop_fraction)
-        rows = [transform(image) for image in images]
-    size = deployment.batch or 1
     missing = -len(rows) % size
     return list(torch.stack(rows + [rows[i % len(rows)] for i in range(missing)]).split(size))
-
-
-def checked_inputs(images: Sequence[Image.Image], deployment: Deployment) -> list[Tensor]:
-    """`inputs_of`; where a batch of any size goes in, also each image with its mirror image."""
-    inputs = inputs_of(images, deployment)
-    if deployment.batch:
-        return inputs
-    width = 2 if deployment.preprocess else 3
-    return inputs + [torch.cat([x, x.flip(width)]) for x in inputs]
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -71,21 +61,23 @@ def open_written(form: str, path: Path, width: float) -> ExportedModel:
 
 
 @torch.no_grad()
-def compare(
-    reference: Deployable, model: ExportedModel, inputs: Sequence[Tensor], deployment: Deployment, what: str
-) -> str:
-    """One line on how far an export is from torch. Raises UserError when that is too far."""
+def compare(network: RepGhostNet, model: ExportedModel, images: Sequence[Image.Image], deployment: Deployment) -> str:
+    """How far an export is from the fused `network` in torch, in words. Raises UserError when that is too far.
+
+    Where a batch of any size goes in, each image is also compared together with its mirror image.
+    """
+    inputs, reference = inputs_of(images, deployment), Deployable.of(network, replace(deployment, precision="float32"))
+    if deployment.batch is None:
+        inputs += [torch.cat([x, x.flip(2 if deployment.preprocess else 3)]) for x in inputs]
     expected, found = (torch.cat([net(x) for x in inputs]) for net in (reference, model))
     if deployment.softmax:
         expected, found = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (expected, found))
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
-    limit = TOLERANCE_FLOAT16 * largest if deployment.float16 else TOLERANCE
+    limit = TOLERANCE_FLOAT16 * largest if deployment.precision == "float16" else TOLERANCE
     flips = int((expected.argmax(1) != found.argmax(1)).sum())
-    outputs = "log-probabilities" if deployment.softmax else "logits"
     line = (
-        f"largest difference from torch in the {outputs}: {difference:.1e} (allowed {limit:.1e}), "
-        f"Top-1 differs in {flips} of {len(expected)}; checked on {what}"
-        + ("" if deployment.batch else ", alone and with their mirror images")
+        f"largest difference from torch in the {'log-' * deployment.softmax}{deployment.output}: {difference:.1e} "
+        f"(allowed {limit:.1e}), Top-1 differs in {flips} of {len(expected)}"
     )
     if not difference <= limit:  # a NaN is not either
         raise UserError(f"the export is wrong, nothing was written: {line}")
@@ -93,7 +85,7 @@ def compare(
 
 
 def check_coreml(package: Path) -> str:
-    """One line on a Core ML package: it is loaded and looked at, not run."""
+    """What is in a Core ML package, in words: it is loaded, not run."""
     with quiet():
         found = coreml_operations(package)
     assert not any("batch_norm" in operation for operation in found)
@@ -101,46 +93,33 @@ def check_coreml(package: Path) -> str:
 
 
 @torch.no_grad()
-def report_int8(
-    reference: Deployable,
-    model: ExportedModel,
-    network: RepGhostNet,
-    deployment: Deployment,
-    images: Sequence[Image.Image],
-    what: str,
-    out: Path,
-    calibration: str,
-    arguments: str,
-) -> str:
-    """What INT8 loses, in words; the same is written beside `out` as JSON.
-
-    calibration: where the calibration images came from. arguments: of evaluate.py, for the network before.
-    """
-    inputs = inputs_of(images, deployment)
+def int8_report(
+    network: RepGhostNet, model: ExportedModel, images: Sequence[Image.Image], deployment: Deployment
+) -> dict[str, Any]:
+    """What INT8 loses of the fused `network`: agreement of the Top-1 in percent, signal to noise, the loss by layer."""
+    inputs, reference = inputs_of(images, deployment), Deployable.of(network, deployment)
     expected, found = (torch.cat([net(x) for x in inputs])[: len(images)] for net in (reference, model))
     if not bool(found.isfinite().all()):
         raise UserError("the export is wrong, nothing was written: its outputs are not finite")
-    agreement = 100 * float((expected.argmax(1) == found.argmax(1)).float().mean())
-    normalized = torch.cat(
-        inputs_of(images[:EXAMINED], replace(deployment, preprocess=False, input_size=None, batch=1))
-    )
-    layers = layer_losses(network, normalized)
-    report = {
-        "file": out.name,
-        "calibration": calibration,
+    normalized = inputs_of(images[:EXAMINED], Deployment(deployment.preprocessing))
+    return {
         "images": len(images),
-        "top1_agreement": agreement,
+        "top1_agreement": 100 * float((expected.argmax(1) == found.argmax(1)).float().mean()),
         "sqnr_db": sqnr(expected, found),
-        "layers": layers,
+        "layers": layer_losses(network, torch.cat(normalized)),
     }
-    path = out.with_suffix(".int8.json")
-    write_text(path, json.dumps(report, indent=2) + "\n")
-    worst = "\n".join(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in layers[:SHOWN])
-    images_like = f"image_size={deployment.image_size} data.crop_fraction={deployment.crop_fraction:g} data.root=SHARDS"
-    return (
-        f"INT8 and float32 agree in the Top-1 of {agreement:.1f}% of {what}; "
-        f"{deployment.output}: signal to noise {report['sqnr_db']:.1f} dB\n"
-        f"layers that lose most when they alone are quantized (all of them in {path}):\n{worst}\n"
-        f"accuracy before: python evaluate.py {arguments} {images_like}\n"
-        f"accuracy after:  python evaluate.py weights={out} {images_like}"
-    )
+
+
+def int8_summary(report: dict[str, Any], path: Path, source: Source) -> str:
+    """A report in words; all of it is in `path`."""
+    images = source.preprocessing
+    end = f"image_size={images.image_size} data.crop_fraction={images.crop_fraction:g} data.root=SHARDS"
+    lines = [
+        f"INT8 and float32 agree in the Top-1 of {report['top1_agreement']:.1f}% of the {report['images']} "
+        f"calibration images; signal to noise {report['sqnr_db']:.1f} dB",
+        f"layers that lose most when they alone are quantized (all of them in {path}):",
+        *(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in report["layers"][:SHOWN]),
+        f"accuracy before: python evaluate.py {source.arguments} {end}",
+        f"accuracy after:  python evaluate.py weights={report['file']} {end}",
+    ]
+    return "\n".join(lines)

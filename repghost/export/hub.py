@@ -2,58 +2,28 @@
 
     python -m repghost.export run=outputs/NAME format=hub [selection=best_ema] [out=FOLDER]
 
-The folder holds model.safetensors, config.json and a model card with the recipe, the result and the curve.
-`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and once it is uploaded (hf upload OWNER/NAME FOLDER)
-so does "hf-hub:OWNER/NAME". Check: `pytest tests/test_results.py -k hub`.
+The folder holds model.safetensors, config.json and a model card with the recipe, the result and the curve; the hub
+shows the accuracy in the card's metadata. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and after
+the upload (hf upload OWNER/NAME FOLDER) so does "hf-hub:OWNER/NAME". Check: `pytest tests/test_export.py -k hub`.
 """
 
-import csv
 import json
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import UserError
-from repghost.files import atomic_write, write_text
-from repghost.model import WIDTHS, RepGhostNet
-from repghost.run import class_names_of, load_run, read_config
+from repghost.files import write_text
+from repghost.model import RepGhostNet
+from repghost.reference import timm_name
+from repghost.run import class_names_of, data_name, load_run, read_config
+from repghost.source import preprocessing_of
 from repghost.weights import WEIGHTS_FILE, save_weights
-
-# timm's names of what data.augment normalizes with and data.crops resizes with.
-_PREPROCESSING = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": "bicubic"}
-
-_CARD = """---
-library_name: timm
-pipeline_tag: image-classification
-tags: [image-classification, timm, repghostnet]
----
-# {title}
-
-RepGhostNet {width:g}x ([arXiv 2211.06088](https://arxiv.org/abs/2211.06088)), trained on {data} for {epochs} epochs:
-the average of the weights (EMA) of the {selection} epoch, in training form.
-
-```python
-import timm
-
-model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)  # or local-dir:FOLDER
-```
-
-## Result
-| images | Top-1 (%) | Top-5 (%) | loss | fused Top-1 (%) | parameters (M) | multiply-accumulates (M) |
-| --- | --- | --- | --- | --- | --- | --- |
-{result}
-
-95% interval of Top-1: {interval}. Images of {image_size} pixels, cropped from the centre at {crop_fraction:g}.
-
-## Recipe
-Global batch {batch_size}, seed {seed}.
-
-```yaml
-{recipe}```
-{curve}"""
 
 
 def export_hub(directory: Path, selection: str, out: Path) -> None:
@@ -62,25 +32,17 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
     Raises UserError for a run that is not evaluated and for a width that timm has no architecture of.
     """
     config = read_config(directory)
-    name = _timm_architecture(float(config.width))
+    architecture = timm_name(config.width)
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
     save_weights(model, out / WEIGHTS_FILE)
-    described = _timm_config(model, name, config, class_names_of(directory))
+    described = _timm_config(model, architecture, config, class_names_of(directory))
     write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
-    curve = directory / "curve.png"
-    if curve.exists():
-        with atomic_write(out / curve.name) as file:
-            file.write(curve.read_bytes())
-    write_text(out / "README.md", _card(directory.name, config, evaluation, curve.exists()))
-
-
-def _timm_architecture(width: float) -> str:
-    with (files("repghost") / "reference" / "paper.csv").open() as file:
-        names = {float(row["width"]): row["timm_name"].partition(".")[0] for row in csv.DictReader(file)}
-    if width not in names:
-        raise UserError(f"width={width:g}: timm knows only the widths {', '.join(f'{w:g}' for w in WIDTHS)}")
-    return names[width]
+    card = _card(directory.name, config, evaluation)
+    if (curve := directory / "curve.png").exists():
+        shutil.copyfile(curve, out / curve.name)
+        card += f"\n![accuracy, loss and learning rate over the epochs]({curve.name})\n"
+    write_text(out / "README.md", card)
 
 
 def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
@@ -88,15 +50,14 @@ def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; python evaluate.py run={directory} selection={selection} writes it"
-        ) from None
+        what = f"python evaluate.py run={directory} selection={selection}"
+        raise UserError(f"{path}: missing; {what} writes it") from None
 
 
 def _timm_config(
     model: RepGhostNet, architecture: str, config: DictConfig, names: Sequence[str] | None
 ) -> dict[str, Any]:
-    size, classes = config.image_size, model.classifier.out_features
+    images, classes = preprocessing_of(config), model.classifier.out_features
     return {
         "architecture": architecture,
         "num_classes": classes,
@@ -104,12 +65,14 @@ def _timm_config(
         "global_pool": "avg",
         **({"label_names": list(names)} if names else {}),
         "pretrained_cfg": {
-            **_PREPROCESSING,
             "num_classes": classes,
-            "input_size": [model.conv_stem.in_channels, size, size],
+            "input_size": [model.conv_stem.in_channels, images.image_size, images.image_size],
             "fixed_input_size": False,
-            "pool_size": [-(-size // 32)] * 2,
-            "crop_pct": config.data.crop_fraction,
+            "pool_size": [-(-images.image_size // 32)] * 2,
+            "mean": images.mean,
+            "std": images.std,
+            "interpolation": "bicubic",
+            "crop_pct": images.crop_fraction,
             "crop_mode": "center",
             "first_conv": "conv_stem",
             "classifier": "classifier",
@@ -117,24 +80,30 @@ def _timm_config(
     }
 
 
-def _card(title: str, config: DictConfig, evaluation: dict[str, Any], curve: bool) -> str:
-    low, high = evaluation["top1_interval"]
-    cells = [f"{evaluation['images']:,}", *(f"{evaluation[key]:.2f}" for key in ("top1", "top5"))]
-    cells += [f"{evaluation['loss']:.4f}", f"{evaluation['fused']['top1']:.2f}"]
-    cells += [f"{evaluation['params_m']:.2f}", f"{evaluation['macs_m']:.1f}"]
-    root = config.data.root
-    return _CARD.format(
-        title=title,
-        width=config.width,
-        data=Path(root.rstrip("/")).name if isinstance(root, str) else "the embedded digits",
-        epochs=config.epochs,
-        selection="best" if evaluation["selection"] == "best_ema" else "last",
-        result=f"| {' | '.join(cells)} |",
-        interval=f"{low:.2f} to {high:.2f}%",
-        image_size=config.image_size,
-        crop_fraction=config.data.crop_fraction,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        recipe=OmegaConf.to_yaml(config.recipe),
-        curve="\n![accuracy, loss and learning rate over the epochs](curve.png)\n" if curve else "",
+def _card(title: str, config: DictConfig, evaluation: dict[str, Any]) -> str:
+    data = data_name(config)
+    results = [
+        EvalResult("image-classification", data, data, "accuracy", round(evaluation[key], 2), metric_name=name)
+        for key, name in (("top1", "Top-1 accuracy (%)"), ("top5", "Top-5 accuracy (%)"))
+    ]
+    metadata = ModelCardData(
+        model_name=title,
+        eval_results=results,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "repghostnet"],
+    )
+    return (
+        files("repghost")
+        .joinpath("export/card.md")
+        .read_text()
+        .format(
+            title=title,
+            metadata=metadata.to_yaml(),
+            config=config,
+            data=data,
+            epoch="best" if evaluation["selection"] == "best_ema" else "last",
+            recipe=OmegaConf.to_yaml(config.recipe),
+            result=evaluation,
+        )
     )

@@ -1,11 +1,14 @@
-"""Photographs to what the network sees, inside of the exported file."""
+"""Preprocessing inside an exported file: from photographs to what the network sees.
+
+Check: `pytest tests/test_export.py`.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repghost.images import MEAN, STD
+from repghost.images import Preprocessing
 
 _ONE = 2.0**15  # a weight of 1; the weights of a pixel add up to at most 1.25 in size: 1.25 * 255 * _ONE < 2**24
 
@@ -13,11 +16,11 @@ _ONE = 2.0**15  # a weight of 1; the weights of a pixel add up to at most 1.25 i
 class Preprocess(nn.Module):
     """Photographs, uint8 [N, H, W, 3], to float32 [N, 3, image_size, image_size], as evaluation does it.
 
-    Shorter side to `shorter` (bicubic, antialiased), centre crop, normalize: `repghost.images.evaluation_transform` in
-    operations that every runtime has. A resize is linear along each side, so it is a product with two matrices, which
-    are constants for photographs of one size (`input_size`). As in PIL and torchvision, columns come first, the pixels
-    between the two products are whole, and weights are whole multiples of a power of 2. All sums then are whole numbers
-    below 2**24, which float32 adds exactly, in any order: every runtime gets the same pixels.
+    `Preprocessing.transform` in operations that every runtime has. A resize is linear along each side, so it is a
+    product with two matrices, which are constants for photographs of one size (`input_size`). As in PIL and
+    torchvision, columns come first, pixels are rounded between the two products, and weights are multiples of a power
+    of 2. So all sums are integers below 2**24, which float32 adds exactly, in any order: every runtime gets the same
+    pixels.
     """
 
     mean: Tensor
@@ -25,11 +28,12 @@ class Preprocess(nn.Module):
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, image_size: int, shorter: int, input_size: tuple[int, int] | None) -> None:
+    def __init__(self, preprocessing: Preprocessing, input_size: tuple[int, int] | None) -> None:
         super().__init__()
-        self._image_size, self._shorter, self._input_size = image_size, shorter, input_size
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1))
+        self._image_size, self._shorter = preprocessing.image_size, preprocessing.shorter_side
+        self._input_size = input_size
+        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(preprocessing.std).view(3, 1, 1))
         if input_size is not None:
             for name, matrix in zip(("rows", "columns"), self._matrices(*input_size), strict=True):
                 self.register_buffer(name, matrix)
@@ -48,7 +52,7 @@ class Preprocess(nn.Module):
         return rows, columns.T.contiguous()
 
     def _matrix(self, length: Any, resized: Any) -> Tensor:
-        """float32 [image_size, length]: a side of `length` pixels resized to `resized`, of which the centre is cut out.
+        """float32 [image_size, length]: a side of `length` pixels resized to `resized`, cropped at the centre.
 
         A pixel's weight is Keys' cubic (a = -1/2) of its distance, stretched where the side shrinks: PIL's bicubic.
         """
@@ -63,5 +67,5 @@ class Preprocess(nn.Module):
 
 
 def _whole(x: Tensor) -> Tensor:
-    """Sums in units of 1 / _ONE as whole pixels, 0 to 255."""
+    """Sums in units of 1 / _ONE, rounded to pixels from 0 to 255."""
     return (x / _ONE + 0.5).floor().clamp(0, 255)

@@ -1,4 +1,4 @@
-"""INT8: post-training static quantization of the fused network, by each format's own quantizer.
+"""INT8: post-training static quantization of the fused network, by the quantizer of each format.
 
 Weights have a scale for every output channel, activations one for the tensor, found on calibration images:
 onnxruntime's `quantize_static` (QDQ) for ONNX, torchao's pt2e with XNNPACK's quantizer for ExecuTorch. Preprocessing
@@ -6,8 +6,7 @@ and softmax stay in float. `layer_losses` says what the quantization of each lay
 Check: `pytest tests/test_quantize.py`.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from repghost.export.formats import Deployable
+from repghost.export.formats import Deployable, Deployment
 from repghost.model import RepGhostNet
 
 _LOWEST, _HIGHEST = -128, 127
@@ -24,50 +23,44 @@ _LOWEST, _HIGHEST = -128, 127
 def sqnr(exact: Tensor, quantized: Tensor) -> float:
     """Signal to quantization noise of [N, C] logits in dB: 20 log10(|exact| / |exact - quantized|), larger is better.
 
-    What all images share (the mean over N) decides nothing and is left out of the signal.
+    The mean over N is not part of the signal: what all images share tells no classes apart.
     """
     signal, noise = (exact - exact.mean(0)).norm(), (exact - quantized).norm()
     return float(20 * torch.log10(signal / noise.clamp_min(torch.finfo(noise.dtype).tiny)))
 
 
-def quantize_onnx(source: Path, target: Path, inputs: Sequence[Tensor]) -> None:
-    """Writes the ONNX file `source` as INT8 (QDQ) to `target`, calibrated on `inputs`, one call of the file each."""
+def quantize_onnx(path: Path, inputs: Sequence[Tensor]) -> None:
+    """Replaces the ONNX file by its INT8 form (QDQ), calibrated on `inputs`, one call of the file each."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._rest: Iterator[Tensor] = iter(inputs)
+            self._rest = iter(inputs)
 
         def get_next(self) -> dict[str, Any] | None:
-            found = next(self._rest, None)
-            return None if found is None else {"image": found.numpy()}
+            return next(({"image": x.numpy()} for x in self._rest), None)
 
-    graph = onnx.load(source).graph
-    outside = [node.name for node in graph.node if "'network'" not in _scopes(node)]
+    def in_network(node: onnx.NodeProto) -> bool:
+        """By the modules that it comes from, as torch's exporter writes them: "['', 'network', ...]"."""
+        return any(p.key == "pkg.torch.onnx.name_scopes" and "'network'" in p.value for p in node.metadata_props)
+
+    exact = path.rename(path.with_suffix(".float32.onnx"))
     quantize_static(
-        str(source),
-        str(target),
+        exact,
+        path,
         Reader(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=outside,
+        nodes_to_exclude=[node.name for node in onnx.load(exact).graph.node if not in_network(node)],
     )
 
 
-def _scopes(node: Any) -> str:
-    """The modules that a node of torch's exporter comes from, as it writes them: "['', 'network', ...]"."""
-    return next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
-
-
 @torch.no_grad()
-def quantize_executorch(module: Deployable, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """`module` as an exported program with the network in INT8 for XNNPACK.
-
-    inputs: of `module`, of the shape that it will take, to calibrate on.
-    """
+def quantize_executorch(module: Deployable, deployment: Deployment, inputs: Sequence[Tensor]) -> ExportedProgram:
+    """`module` as an exported program with the network in INT8 for XNNPACK, calibrated on `inputs` of `module`."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -78,11 +71,9 @@ def quantize_executorch(module: Deployable, inputs: Sequence[Tensor]) -> Exporte
     images = [x if module.preprocess is None else module.preprocess(x) for x in inputs]
     program = torch.export.export(module.network, (images[0],))
     prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
-    for found in images:
-        prepared(found)
-    quantized = copy.copy(module)
-    quantized._modules = {**module._modules, "network": convert_pt2e(prepared)}
-    return torch.export.export(quantized, (inputs[0],))
+    for batch in images:
+        prepared(batch)
+    return torch.export.export(Deployable(convert_pt2e(prepared), deployment), (inputs[0],))
 
 
 @torch.no_grad()
@@ -95,16 +86,15 @@ def layer_losses(model: RepGhostNet, images: Tensor) -> list[dict[str, Any]]:
     """
     exact, rows = model(images), []
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            continue
-        weight = layer.weight.data
-        layer.weight.data = _rounded_weight(weight)
-        hook = layer.register_forward_pre_hook(lambda _, inputs: (_rounded_input(inputs[0]),))
-        logits = model(images)
-        hook.remove()
-        layer.weight.data = weight
-        flips = int((logits.argmax(1) != exact.argmax(1)).sum())
-        rows.append({"layer": name, "sqnr_db": round(sqnr(exact, logits), 2), "top1_flips": flips})
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weight = layer.weight.data
+            layer.weight.data = _rounded_weight(weight)
+            hook = layer.register_forward_pre_hook(lambda _, inputs: (_rounded_input(inputs[0]),))
+            logits = model(images)
+            hook.remove()
+            layer.weight.data = weight
+            flips = int((logits.argmax(1) != exact.argmax(1)).sum())
+            rows.append({"layer": name, "sqnr_db": round(sqnr(exact, logits), 2), "top1_flips": flips})
     return sorted(rows, key=lambda row: row["sqnr_db"])
 
 

@@ -1,11 +1,17 @@
 """An exported file, run by its own runtime: ONNX by onnxruntime, ExecuTorch by its own, TorchScript by torch.
 
-It stands where a network stands: images in, logits out, on the CPU. `python evaluate.py weights=model.onnx
+It takes the place of a network: images in, logits out, on the CPU. `python evaluate.py weights=model.onnx
 data.root=SHARDS` (or model.pte) evaluates it like any weights, so that accuracy before and after can be compared.
 Check: `pytest tests/test_export.py`.
 """
 
-from collections.abc import Callable
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,55 +22,54 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repghost.errors import UserError
-from repghost.export.formats import quiet
+from repghost.images import MEAN, STD
 
 EVALUATED = (".onnx", ".pte")
-# What an exported file says of itself, in the order of their meaning: see `facts`.
-FACTS = {"width": float, "num_classes": int, "image_size": int, "batch": int, "preprocess": int, "softmax": int,
-         "precision": str}  # fmt: skip
-
-Call = Callable[[Tensor], Tensor]
 
 
-def require(package: str, extra: str = "deploy") -> ModuleType:
-    """Imports an optional package. Raises UserError that says which extra has it."""
-    try:
-        with quiet():
-            return import_module(package)
-    except ImportError as error:
-        missing = error.name or package
-        raise UserError(f"{missing} is not installed: pip install 'repghost[{extra}]'") from None
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(number) for number in text.split())
+
+
+# What an exported file says of itself, and how it is read: see `repghost.export.formats.metadata_of`.
+METADATA: dict[str, Callable[[Any], Any]] = {
+    "width": float, "num_classes": int, "image_size": int, "batch": int, "preprocess": int, "softmax": int,
+    "precision": str, "crop_fraction": float, "mean": _numbers, "std": _numbers,
+}  # fmt: skip
+# Files of earlier versions do not say these.
+_BEFORE = {"crop_fraction": 0.875, "mean": " ".join(map(str, MEAN)), "std": " ".join(map(str, STD))}
 
 
 class ExportedModel(nn.Module):
     """An exported file as a network: images of what the file takes, float32 [N, num_classes] out.
 
     batch: how many images a call of the file takes, None for any; a last batch is filled up and cut off again.
-    facts: what the file says of itself. Nothing in it can be trained.
+    metadata: what the file says of itself. It has no parameters.
     """
 
-    def __init__(self, call: Call, batch: int | None = None, facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, call: Callable[[Tensor], Tensor], batch: int | None = None, metadata: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
-        self._call, self._batch, self.facts = call, batch, facts or {}
+        self._call, self._batch, self.metadata = call, batch, metadata or {}
 
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        chunks = images.cpu().split(self._batch) if self._batch else (images.cpu(),)
+        chunks = images.cpu().contiguous().split(self._batch or len(images))
         outputs = []
         for chunk in chunks:
-            missing = self._batch - len(chunk) if self._batch else 0
-            filled = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else chunk
-            outputs.append(self._call(filled)[: len(chunk)])
+            missing = (self._batch or len(chunk)) - len(chunk)
+            outputs.append(self._call(F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(chunk)])
         return torch.cat(outputs).to(images.device)
 
 
 def open_onnx(path: str | Path, batch: int | None = None) -> ExportedModel:
     """An ONNX file in onnxruntime, on the CPU."""
-    onnxruntime = require("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def call(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
     return ExportedModel(call, batch, dict(session.get_modelmeta().custom_metadata_map))
 
@@ -75,26 +80,20 @@ def open_executorch(path: str | Path, batch: int | None = None) -> ExportedModel
     with quiet():
         program = runtime.Runtime.get().load_program(str(path))
         method = program.load_method("forward")
-        names = program.method_names - {"forward"}
-        facts = {name: program.load_method(name).execute([])[0] for name in names & FACTS.keys()}
+        names = METADATA.keys() & program.method_names
+        metadata = {name: program.load_method(name).execute([])[0] for name in names}
 
     def call(images: Tensor) -> Tensor:
         with quiet():
-            return method.execute([images.contiguous()])[0].clone()  # the next call writes to the same memory
+            return method.execute([images])[0].clone()  # the next call writes to the same memory
 
-    return ExportedModel(call, batch, facts)
+    return ExportedModel(call, batch, metadata)
 
 
 def open_torchscript(path: str | Path, batch: int | None = None) -> ExportedModel:
     """A TorchScript file in torch."""
     with quiet():
-        module = torch.jit.load(str(path))
-
-    def call(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return module(images)
-
-    return ExportedModel(call, batch)
+        return ExportedModel(torch.jit.load(str(path)), batch)
 
 
 def is_exported(weights: Any) -> bool:
@@ -103,7 +102,7 @@ def is_exported(weights: Any) -> bool:
 
 
 def open_exported(path: str | Path, image_size: int, precision: str = "float32") -> ExportedModel:
-    """An exported file for evaluation on normalized images of `image_size` pixels; its facts are in their types.
+    """An exported file for evaluation on normalized images of `image_size` pixels, with its metadata in their types.
 
     precision: what the command asks for; a file has its own, which leaves only the usual "float32".
 
@@ -116,20 +115,54 @@ def open_exported(path: str | Path, image_size: int, precision: str = "float32")
         raise UserError(f"{path}: no such file")
     opener = open_onnx if path.suffix == ".onnx" else open_executorch
     try:
-        found = opener(path).facts
+        found = _BEFORE | opener(path).metadata
     except UserError:
         raise
     except Exception as error:  # the runtimes' own exceptions have no common class
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: its runtime cannot load it ({first})") from None
-    if missing := [key for key in FACTS if key not in found]:
+        raise UserError(f"{path}: its runtime cannot load it ({first_line(error)})") from None
+    if missing := [key for key in METADATA if key not in found]:
         raise UserError(f"{path}: not written by repghost.export, it does not say its {missing[0]}")
-    facts = {key: read(found[key]) for key, read in FACTS.items()}
+    metadata = {key: read(found[key]) for key, read in METADATA.items()}
     for key, what in (("preprocess", "takes photographs"), ("softmax", "gives probabilities")):
-        if facts[key]:
+        if metadata[key]:
             raise UserError(f"{path}: {what}, evaluation needs an export without {key}=true")
-    if facts["image_size"] != image_size:
-        raise UserError(f"{path}: takes images of {facts['image_size']} pixels: image_size={facts['image_size']}")
-    model = opener(path, facts["batch"] or None)
-    model.facts = facts
+    if (size := metadata["image_size"]) != image_size:
+        raise UserError(f"{path}: takes images of {size} pixels: image_size={size}")
+    model = opener(path, metadata["batch"] or None)
+    model.metadata = metadata
     return model
+
+
+def require(package: str) -> ModuleType:
+    """Imports an optional package. Raises UserError that says which extra has it."""
+    try:
+        with quiet():
+            return import_module(package)
+    except ImportError as error:
+        raise UserError(f"{error.name or package} is not installed: pip install 'repghost[deploy]'") from None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what exporters and runtimes print, also from C++; when they fail, it is printed after all."""
+    with tempfile.TemporaryFile() as kept, io.StringIO() as printed:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(printed):
+                warnings.simplefilter("ignore")
+                yield
+        except UserError:
+            raise
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -4,8 +4,6 @@ import csv
 from functools import cache
 from importlib.resources import files
 
-from torchvision.models import MobileNet_V2_Weights
-
 from repghost.errors import UserError
 from repghost.model import WIDTHS
 
@@ -32,6 +30,8 @@ def synsets() -> tuple[str, ...]:
 @cache
 def class_words() -> tuple[str, ...]:
     """The names of ImageNet's 1,000 classes in label order, all different: torchvision's list."""
+    from torchvision.models import MobileNet_V2_Weights
+
     return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
 
 
@@ -54,6 +54,14 @@ def peers() -> list[dict[str, str]]:
     """The rows of reference/peers.csv: networks, their family and timm's published figures."""
     with (files("repghost") / "reference" / "peers.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def timm_name(width: float) -> str:
+    """timm's name of the architecture of `width`. Raises UserError for a width that is not published."""
+    names = {float(row["width"]): row["timm_name"].partition(".")[0] for row in published()}
+    if width not in names:
+        raise UserError(f"width={width:g}: timm knows only the widths {', '.join(f'{w:g}' for w in WIDTHS)}")
+    return names[width]
 
 
 def published_repository(width: float) -> str:

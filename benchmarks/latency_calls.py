@@ -1,0 +1,215 @@
+"""The networks that latency.py compares, in every form and backend, and how they take turns."""
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+from repghost import RepGhostNet, reparameterize, repghostnet
+from repghost.export.formats import OLDEST_OPSET, Deployable, Deployment, write_executorch, write_onnx
+from repghost.export.runtimes import quiet
+from repghost.images import Preprocessing
+from repghost.reference import peers
+
+TRAINING, TIMM, FUSED = "training", "timm_reparameterized", "fused"
+FORMS = (TRAINING, TIMM, FUSED)
+TORCH = ("eager", "compiled")  # the backends that know memory formats
+PACKAGES = {"eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch"}
+CONTIGUOUS = "contiguous"
+MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
+LEAST_ROUNDS = 3  # however long they take
+TURN = 0.05  # seconds of counted calls in a turn, at most CALLS of them
+CALLS = 20
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network in one form. width: None for peers. top1: published, in percent; None where nothing is."""
+
+    model: str
+    family: str
+    width: float | None
+    form: str
+    module: nn.Module
+    top1: str
+
+
+@dataclass
+class Candidate:
+    """A network in a backend, with the durations (seconds) of its calls, a list for every round."""
+
+    network: Network
+    backend: str
+    call: Call
+    memory_format: str
+    calls: int
+    rounds: list[list[float]] = field(default_factory=list)
+
+
+def networks(widths: Sequence[float], forms: Sequence[str], others: Sequence[str]) -> Iterator[Network]:
+    """RepGhostNet at all widths in all forms, with the same weights, and the peers."""
+    published = {row["name"].partition(".")[0]: row for row in peers()}
+    for width in widths:
+        name = f"repghostnet_{round(100 * width):03d}"
+        trained = timm.create_model(name).eval()
+        own = repghostnet(width)
+        own.load_state_dict(trained.state_dict())
+        made: dict[str, nn.Module] = {TRAINING: own.eval(), FUSED: reparameterize(own)}
+        made[TIMM] = reparameterize_model(trained)
+        for form in forms:
+            yield Network(name, "RepGhostNet", width, form, made[form], published[name]["top1"])
+    for name in others:
+        module = reparameterize_model(timm.create_model(name).eval())
+        yield Network(name, published[name]["family"], None, TIMM, module, published[name]["top1"])
+
+
+class Exports:
+    """The exported files of networks, each written once, in a folder that goes with the process."""
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        self._folder, self._image_size = folder, image_size
+
+    def onnx(self, network: Network) -> Path:
+        """For batches of any size."""
+        path = self._folder / f"{network.model}-{network.form}.onnx"
+        if not path.exists():
+            with quiet():
+                if isinstance(network.module, RepGhostNet) and network.form == FUSED:
+                    deployment = Deployment(Preprocessing(self._image_size), batch=None)
+                    write_onnx(Deployable.of(network.module, deployment), deployment, path, OLDEST_OPSET, {})
+                else:
+                    free = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
+                    example = (torch.zeros(2, 3, self._image_size, self._image_size),)
+                    torch.onnx.export(
+                        network.module,
+                        example,
+                        path,
+                        dynamo=True,
+                        verbose=False,
+                        external_data=False,
+                        opset_version=OLDEST_OPSET,
+                        dynamic_shapes=free,
+                    )
+        return path
+
+    def executorch(self, network: Network, batch: int) -> Path:
+        path = self._folder / f"{network.model}-{network.form}-{batch}.pte"
+        if not path.exists():
+            with quiet():
+                example = (torch.zeros(batch, 3, self._image_size, self._image_size),)
+                write_executorch(torch.export.export(network.module, example), path, {})
+        return path
+
+
+def prepare(
+    network: Network, backend: str, images: Tensor, threads: int, exports: Exports, fastest: dict[Any, str]
+) -> list[Candidate]:
+    """The network in the backend, warmed up. fastest: the memory formats found so far, by network and setting."""
+    batch = len(images)
+    if backend == "onnxruntime":
+        calls = {CONTIGUOUS: _onnxruntime_call(exports.onnx(network), images, threads)}
+    elif backend == "executorch":
+        calls = {CONTIGUOUS: _executorch_call(exports.executorch(network, batch), images)}
+    else:
+        key = (network.model, network.form, threads, batch)
+        if key not in fastest:
+            fastest[key] = _faster({name: _torch_call(network, name, images) for name in MEMORY_FORMATS})
+        names = {fastest[key]}
+        if backend == "eager" and network.form == TIMM and network.width is not None:
+            names.add(CONTIGUOUS)
+        calls = {name: _torch_call(network, name, images, backend == "compiled") for name in sorted(names)}
+    candidates = []
+    for memory_format, call in calls.items():
+        for _ in range(2):
+            call()
+        seconds = min(_timed(call) for _ in range(2))
+        in_turn = max(1, min(CALLS, int(TURN / seconds)))
+        candidates.append(Candidate(network, backend, call, memory_format, in_turn))
+    return candidates
+
+
+def _torch_call(network: Network, memory_format: str, images: Tensor, compiled: bool = False) -> Call:
+    device, torch_format = images.device, MEMORY_FORMATS[memory_format]
+    module = copy.deepcopy(network.module).to(device).to(memory_format=torch_format)
+    function = torch.compile(module, dynamic=False, fullgraph=True) if compiled else module
+    arranged = images.to(memory_format=torch_format)
+
+    @torch.inference_mode()
+    def call() -> None:
+        function(arranged)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def _onnxruntime_call(path: Path, images: Tensor, threads: int) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Its threads would otherwise spin on into the turn of whoever comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    provider = "CUDAExecutionProvider" if images.device.type == "cuda" else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    feed = {session.get_inputs()[0].name: images.cpu().numpy()}
+    return lambda: session.run(None, feed)
+
+
+def _executorch_call(path: Path, images: Tensor) -> Call:
+    from executorch.runtime import Runtime
+
+    with quiet():
+        program = Runtime.get().load_program(path.read_bytes())
+        method = program.load_method("forward")
+
+    def call(program: Any = program) -> None:  # the method reads from the program, but does not keep it alive
+        method.execute([images])
+
+    return call
+
+
+def _timed(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _faster(calls: dict[str, Call]) -> str:
+    """The name of the faster call, by the median of five alternating tries after one that does not count."""
+    for call in calls.values():
+        call()
+    tries = [{name: _timed(call) for name, call in calls.items()} for _ in range(5)]
+    return min(calls, key=lambda name: median(t[name] for t in tries))
+
+
+def set_threads(threads: int, backends: Sequence[str]) -> None:
+    """Threads of torch and of XNNPACK; onnxruntime takes them with the session."""
+    torch.set_num_threads(threads)
+    if "executorch" in backends:
+        with quiet():
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+            _unsafe_reset_threadpool(threads)
+
+
+def take_turns(candidates: Sequence[Candidate], repetitions: int, seconds: float, rng: random.Random) -> None:
+    """`repetitions` rounds, fewer when `seconds` are over; every candidate has one turn a round."""
+    began = time.perf_counter()
+    for number in range(repetitions):
+        if number >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+            break
+        for candidate in rng.sample(candidates, len(candidates)):
+            candidate.call()
+            candidate.rounds.append([_timed(candidate.call) for _ in range(candidate.calls)])
