@@ -109,7 +109,7 @@ def our_step(run: Run, compile: bool | str) -> Step:
     if run.device.type == "cpu":
         keep_freed_memory()  # as make_trainer does
     model = instantiate(config.model, num_classes=CLASSES)
-    classifier = instantiate(config.classifier)(model, steps_per_epoch=1000).to(run.device)
+    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=1000).to(run.device)
     classifier.on_fit_start()
     optimizer = classifier.configure_optimizers()
 

@@ -16,7 +16,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from data.crops import BatchPlan, Plan
 from data.reader import BadImage, ShardReader, SkipBudget, decode, resize
 from repghost.dataset import Batch
-from repghost.training.signals import ignore_signals
+from repghost.training.signals import end_workers_at_exit, ignore_signals
 
 Position = Callable[[], tuple[int, int]]
 
@@ -42,6 +42,8 @@ class TorchLoader(DataLoader):
         self._route = _Route(plan.partition.batches)
         self._position = position
         self._skip_bad = skip_bad
+        if workers:
+            end_workers_at_exit()
         super().__init__(
             PlannedBatches(plan, image_size, keep_going=skip_bad > 0),
             sampler=self._route,

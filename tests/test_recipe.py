@@ -10,7 +10,7 @@ import timm
 import torch
 from conftest import train_in
 from omegaconf import OmegaConf
-from test_classifier import RECIPE
+from test_classifier import classifier_of
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -36,7 +36,7 @@ def test_ten_steps_equal_timm_s(dtype: torch.dtype, tolerance: float) -> None:
     initial = mine.classifier.weight.detach().clone()
     batches = [(torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
 
-    classifier = ImageClassifier(mine, **{**RECIPE, "ema_decay": 0.9, "learning_rate": 2e-3})
+    classifier = classifier_of(mine, ema_decay=0.9, learning_rate=2e-3)
     optimizer = classifier.configure_optimizers()
     for epoch, (images, labels) in enumerate(batches):  # each step at the rate of another epoch, over the warm-up
         for group in optimizer.param_groups:
