@@ -6,6 +6,9 @@ The first tests to read after an upgrade of either.
 import ast
 import importlib
 import inspect
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from repghost.training import internals
 from repghost.training.internals import STAGE_OF_ACTION, WARNINGS
 
 Program = Callable[..., int]
+ROOT = Path(__file__).parents[1]
 COUNTERS = {"ready", "started", "processed", "completed"}
 
 
@@ -111,9 +115,8 @@ def private_names(code: str) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names if "._" in f".{node.module}.{name.name}")
         elif isinstance(node, ast.Import):
             yield from (name.name for name in node.names if "._" in name.name)
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            if ast.unparse(node.value) not in ("self", "os"):
-                yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            yield from {ast.unparse(node)} - {f"self.{node.attr}", "os._exit"}
 
 
 def test_no_other_file_of_training_has_private_parts() -> None:
@@ -121,3 +124,45 @@ def test_no_other_file_of_training_has_private_parts() -> None:
     for path in Path(internals.__file__).parent.glob("*.py"):
         if path.name not in ("internals.py", "ranks.py"):
             assert list(private_names(path.read_text())) == [], path.name
+
+
+# -- nothing of it at import -------------------------------------------------------------------------------------------
+
+
+def run_script(script: str) -> str:
+    """What a Python program prints that has to end by itself."""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_import_leaves_signals_exits_and_warnings_alone() -> None:
+    script = """
+import atexit, signal, warnings
+registered, register = [], atexit.register
+def spy(function, *arguments, **options):
+    registered.append(getattr(function, "__module__", None) or "")
+    return register(function, *arguments, **options)
+atexit.register = spy
+handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+import train
+from repghost.training.internals import WARNINGS
+assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+assert not [name for name in registered if name.startswith(("repghost", "data"))], registered
+assert not [f for f in warnings.filters if f[1] is not None and f[1].pattern in WARNINGS]
+print("alone")
+"""
+    assert run_script(script) == "alone\n"
+
+
+def test_a_process_ends_although_its_workers_ignore_signals() -> None:
+    script = """
+import torch
+from repghost.training.signals import end_workers_at_exit, ignore_signals
+end_workers_at_exit()
+loader = torch.utils.data.DataLoader(range(100), num_workers=2, worker_init_fn=ignore_signals)
+batches = iter(loader)
+print(int(next(batches)), flush=True)
+raise SystemExit  # with the iterator alive, as after an error whose traceback holds it
+"""
+    assert run_script(script) == "0\n"

@@ -188,16 +188,12 @@ class Checkpoints(Checkpoint):
                     with open(checkpoint, "rb") as source, atomic_write(self._folder / name) as target:
                         shutil.copyfileobj(source, target)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
         if trainer.validating:
             restart_validation(checkpoint)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         epochs_done = checkpoint["global_step"] / checkpoint["run"]["steps_per_epoch"]
         self._resumed_at_the_end_of_an_epoch = len(checkpoint["history"]) == epochs_done
         # A step may be cut into another number of batches than before.

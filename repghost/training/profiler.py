@@ -9,77 +9,82 @@ trace of the next steps waits for nothing. Check: `pytest tests/test_profile.py`
 import os
 import time
 from collections import defaultdict
+from collections.abc import Generator
+from itertools import repeat
 from pathlib import Path
 
 import torch
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch.profiler import profile, record_function, schedule
+from torch.profiler import profile, record_function
 
 from repghost.errors import print_rank_zero
 from repghost.files import rows_as_csv, write_text
 from repghost.training.internals import STAGE_OF_ACTION
 
-SKIPPED, CLOCKED, WARMUP, TRACED = 5, 10, 1, 3  # steps, in this order
-END = SKIPPED + CLOCKED + WARMUP + TRACED
+SKIPPED, CLOCKED, TRACED = 5, 10, 3  # steps, in this order
 REST = "rest of the loop"
 STAGES = (*dict.fromkeys(STAGE_OF_ACTION.values()), REST)
 
 
 class StepProfiler(Profiler):
-    """Clocks, then traces a few training steps; writes profile.csv and trace.json.gz into `directory`.
+    """Clocks, then traces a few training steps of rank 0; writes profile.csv and trace.json.gz into `directory`.
 
-    A run that ends before its END steps leaves what it got to.
+    A run that ends before its SKIPPED + CLOCKED + TRACED steps leaves what it got to.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
         self._directory = directory
-        self._steps = -1  # that have ended; -1 until the first has begun
-        self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of each stage
-        self._open: list[tuple[str, record_function]] = []  # stages, the outermost first; empty between steps
+        self._steps = self._measure()
+        self._open: list[tuple[str, record_function]] = []  # stages of a measured step, the outermost first
+        self._clocking = False
         self._since = 0.0
-        self._trace = profile(
-            schedule=schedule(skip_first=SKIPPED + CLOCKED, wait=0, warmup=WARMUP, active=TRACED, repeat=1),
-            on_trace_ready=self._write_trace,
-        )
+        self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of each stage
 
     def start(self, action_name: str) -> None:
-        if action_name.endswith(".on_validation_start"):  # no part of a step, like the end of an epoch
+        if action_name.endswith(".on_validation_start"):  # no part of a step, nor is the end of an epoch
             self._close(0)
-        elif stage := _stage(action_name):
-            if action_name.endswith("train_dataloader_next"):
-                self._next_step()
-            if self._open:
-                self._enter(stage)
+        elif action_name.endswith("train_dataloader_next") and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._close(0)
+            next(self._steps)
+        if self._open and (stage := _stage(action_name)):
+            self._enter(stage)
 
     def stop(self, action_name: str) -> None:
-        if _stage(action_name) and len(self._open) > 1:
+        if len(self._open) > 1 and _stage(action_name):
             self._close(len(self._open) - 1)
 
     def teardown(self, stage: str | None) -> None:
         self._close(0)
-        if 0 <= self._steps < END:
-            self._trace.stop()
-            if SKIPPED < self._steps < SKIPPED + CLOCKED:
-                self._write_table(self._steps - SKIPPED)
-        self._steps = END
+        self._steps.close()
 
-    def _next_step(self) -> None:
-        if rank_zero_only.rank != 0 or self._steps == END:  # type: ignore[attr-defined]
-            return
-        self._close(0)
-        self._steps += 1
-        if self._steps == 0:
-            self._trace.start()
-        else:
-            self._trace.step()
-        if self._steps == 1:
-            print_rank_zero(f"start      the first step was done {_age():.1f} s after the command")
-        if self._steps == SKIPPED + CLOCKED:
-            self._write_table(CLOCKED)
-        if SKIPPED <= self._steps < END:
-            self._enter(REST)
+    def _measure(self) -> Generator[None, None, None]:
+        """Goes on whenever a step begins."""
+        yield
+        print_rank_zero(f"start      the first step was done {_age():.1f} s after the command")
+        yield from repeat(None, SKIPPED - 1)
+        self._clocking, steps = True, 0
+        try:
+            while steps < CLOCKED:
+                self._enter(REST)
+                yield
+                steps += 1
+        finally:
+            self._clocking = False
+            if steps:
+                self._write_table(steps)
+        trace, file = profile(), self._directory / "trace.json.gz"
+        trace.start()
+        try:
+            for _ in range(TRACED):
+                self._enter(REST)
+                yield
+        finally:
+            trace.stop()
+            trace.export_chrome_trace(str(file))
+            print_rank_zero(f"trace      {file}: open it at ui.perfetto.dev")
+        yield from repeat(None)
 
     def _enter(self, stage: str) -> None:
         self._charge()
@@ -94,10 +99,10 @@ class StepProfiler(Profiler):
 
     def _charge(self) -> None:
         """Adds the time since the last boundary to the innermost stage."""
-        if SKIPPED <= self._steps < SKIPPED + CLOCKED and torch.cuda.is_available():
+        if self._clocking and torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if self._open:
+        if self._clocking and self._open:
             self._spent[self._open[-1][0]] += now - self._since
         self._since = now
 
@@ -110,10 +115,6 @@ class StepProfiler(Profiler):
             rows.append({"stage": stage, "milliseconds_per_step": round(milliseconds, 3), "share": round(share, 4)})
             print_rank_zero(f"           {stage:<20} {milliseconds:9.2f} ms {share:7.1%}")
         write_text(self._directory / "profile.csv", rows_as_csv(rows))
-
-    def _write_trace(self, trace: profile) -> None:
-        trace.export_chrome_trace(str(self._directory / "trace.json.gz"))
-        print_rank_zero(f"trace      {self._directory / 'trace.json.gz'}: open it at ui.perfetto.dev")
 
 
 def _age() -> float:

@@ -43,32 +43,30 @@ class Recipe:
     def of(cls, config: Mapping[str, Any]) -> Self:
         """The recipe in the `recipe` block of a run's config. Raises UserError for an impossible value, by its key."""
         recipe = cls(**{field.name: config[field.name] for field in fields(cls)})
-        if (recipe.ema_decay is None) == (recipe.ema_span is None):
-            raise UserError(
-                f"recipe.ema_decay={recipe.ema_decay}, recipe.ema_span={recipe.ema_span}: "
-                "give one of them, and null for the other"
-            )
-        valid = {
-            "learning_rate": (recipe.learning_rate > 0, "more than 0"),
-            "weight_decay": (recipe.weight_decay >= 0, "0 or more"),
-            "momentum": (0 <= recipe.momentum < 1, "in [0, 1)"),
-            "label_smoothing": (0 <= recipe.label_smoothing < 1, "in [0, 1)"),
-            "ema_decay": (recipe.ema_decay is None or 0 <= recipe.ema_decay < 1, "in [0, 1)"),
-            "ema_span": (recipe.ema_span is None or recipe.ema_span > 0, "more than 0"),
-        }
-        for key, (holds, allowed) in valid.items():
-            if not holds:
-                raise UserError(f"recipe.{key}={config[key]} has to be {allowed}")
+        decay, span = recipe.ema_decay, recipe.ema_span
+        if (decay is None) == (span is None):
+            raise UserError(f"recipe.ema_decay={decay}, recipe.ema_span={span}: give one, and null for the other")
+        for key in ("momentum", "label_smoothing", "ema_decay"):
+            if config[key] is not None and not 0 <= config[key] < 1:
+                raise UserError(f"recipe.{key}={config[key]} is not in [0, 1)")
+        for key in ("learning_rate", "ema_span"):
+            if config[key] is not None and config[key] <= 0:
+                raise UserError(f"recipe.{key}={config[key]} has to be more than 0")
+        if recipe.weight_decay < 0:
+            raise UserError(f"recipe.weight_decay={recipe.weight_decay} has to be 0 or more")
         return recipe
 
     def rate(self, epoch: int, *, epochs: int, batch_size: int) -> float:
         """The learning rate of `epoch`, counted from 0, in a run of `epochs` epochs at the global `batch_size`."""
-        rates = {"peak": self.learning_rate, "start": self.start_learning_rate, "final": self.final_learning_rate}
-        scaled = {
-            name: linear_scale(value, batch_size=batch_size, reference_batch_size=self.reference_batch_size)
-            for name, value in rates.items()
-        }
-        return learning_rate(epoch, epochs=epochs, warmup_epochs=self.warmup_epochs, **scaled)
+        ratio = {"batch_size": batch_size, "reference_batch_size": self.reference_batch_size}
+        return learning_rate(
+            epoch,
+            epochs=epochs,
+            peak=linear_scale(self.learning_rate, **ratio),
+            start=linear_scale(self.start_learning_rate, **ratio),
+            final=linear_scale(self.final_learning_rate, **ratio),
+            warmup_epochs=self.warmup_epochs,
+        )
 
     def decay(self, steps: int) -> float:
         """The decay of the weight average in a run of `steps` steps."""
