@@ -108,6 +108,7 @@ class RunFiles(Callback):
         self._curve_seconds = curve_seconds
         self._curve_drawn = 0.0
 
+    @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A logger that cannot start says so now, not an epoch later.
         config: Any = OmegaConf.to_container(OmegaConf.load(self._directory / "config.yaml"))
