@@ -56,7 +56,7 @@ def main(config: DictConfig) -> None:
         if compiles(config.compile, trainer.strategy.root_device):
             keep_compiled(Path(config.data.cache) / "compiled")
             data.augment.compile()
-        classifier = instantiate(config.classifier)(model, steps_per_epoch=data.steps_per_epoch)
+        classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
         files.official = official_curve(config.width, config.epochs, data.counts)
         paper = Path(__file__).parent / "conf/recipe/paper.yaml"
         describe(config, paper, trainer, data, model, files.official is not None)

@@ -13,17 +13,14 @@ core second count CPU time of all processes instead of time, so that they hold o
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
-import platform
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -31,8 +28,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import PIL
-import timm
 import torch
 import torchvision
 from hydra import compose, initialize_config_dir
@@ -47,6 +42,7 @@ from torchvision.transforms import v2
 if not __package__:  # started as a file, not as python -m benchmarks.loader
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.common import ROOT, machine, write_table
 from benchmarks.corpus import TRAIN, corpus
 from data.crops import RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
@@ -57,7 +53,6 @@ from data.torch_loader import CroppedBatches, TorchLoader
 from data.write_shards.write import write_folder
 from repghost.run import resolve_recipe
 
-ROOT = Path(__file__).parents[1]
 IMAGE_SIZE = 224
 COMPACT = 256  # shorter side of the compact shards
 PREFETCH = 2  # batches that a worker is ahead, in every pipeline
@@ -365,23 +360,10 @@ def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]
         yield {"what": f"augment: {name}", "workers": 1, "milliseconds_per_image": median(times[1:])}
 
 
-def machine(setting: Setting) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+def corpus_facts(setting: Setting) -> dict[str, Any]:
+    """What the figures depend on beside the code and the machine."""
     sizes = np.unique(setting.original.samples)["size"]
-    names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "images": len(sizes),
-        "kilobytes": sizes.mean() / 1000,
-        "batch_size": setting.batch_size,
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "pillow": PIL.__version__,
-        "date": date.today().isoformat(),
-    }
+    return {"images": len(sizes), "kilobytes": sizes.mean() / 1000, "batch_size": setting.batch_size}
 
 
 COLUMNS = {  # of the printed table: heading, format
@@ -405,15 +387,6 @@ def print_table(table: list[dict[str, Any]]) -> None:
             print(f"{row['what']:38s} {row['milliseconds_per_image']:.3f} ms{share}")
         else:
             print("".join(layout.format(row[name]) for name, (_, layout) in COLUMNS.items()))
-
-
-def write_table(path: Path, table: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
-        writer.writeheader()
-        for row in table:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -442,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
         table += pipeline_rows(setting, workers, options.seconds, options.repetitions)
     table += stage_rows(setting, options.seconds, options.repetitions)
     table += augment_rows(setting, options.repetitions)
-    facts = {"repetitions": options.repetitions, **machine(setting)}
+    facts = {"repetitions": options.repetitions, **corpus_facts(setting), **machine()}
     print_table(table)
     print(
         ", ".join(

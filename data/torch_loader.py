@@ -16,7 +16,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 from data.crops import Crops
 from data.reader import LoaderOptions, ShardReader, resize, within_budget
 from repghost.dataset import Batch
-from repghost.training.signals import ignore_signals
+from repghost.training.signals import end_workers_at_exit, ignore_signals
 
 
 class TorchLoader(DataLoader):
@@ -25,6 +25,8 @@ class TorchLoader(DataLoader):
     def __init__(self, crops: Crops, options: LoaderOptions) -> None:
         self._batch_sampler = BatchSampler(crops.sampler.batches)
         self._options = options
+        if options.workers:
+            end_workers_at_exit()
         super().__init__(
             CroppedBatches(crops),
             sampler=self._batch_sampler,

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +78,7 @@ def read_class_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def rows_as_csv(rows: list[dict[str, float]]) -> str:
+def rows_as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """CSV text of rows that share their keys; floats in full, so that equal files mean equal runs."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -29,7 +29,8 @@ SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 
 # Keys that may change between the start of a run and its resumption: where and how fast, not what.
 _MAY_CHANGE = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile", "accumulate",
-               "data.workers", "data.prefetch", "data.cache", "data.root", "data.eval_batch_size")  # fmt: skip
+               "data.workers", "data.prefetch", "data.cache", "data.root", "data.eval_batch_size",
+               "classifier")  # fmt: skip  # which repeats the values of other keys
 
 
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:

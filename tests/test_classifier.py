@@ -8,12 +8,10 @@ import torch.nn.functional as F
 
 from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
-from repghost.model import repghostnet
+from repghost.model import RepGhostNet, repghostnet
 from repghost.training.classifier import ImageClassifier, parameter_groups, smoothed_cross_entropy
 
 RECIPE: dict[str, Any] = {
-    "epochs": 300,
-    "batch_size": 1024,
     "reference_batch_size": 1024,
     "learning_rate": 0.6,
     "start_learning_rate": 1e-4,
@@ -24,12 +22,23 @@ RECIPE: dict[str, Any] = {
     "label_smoothing": 0.1,
     "ema_decay": 0.9999,
     "ema_span": None,
+}
+RUN: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 1024,
     "steps_per_epoch": 1251,
     "freeze_epochs": 0,
     "channels_last": False,
     "compile": False,
     "seed": 0,
 }
+
+
+def classifier_of(model: RepGhostNet, **options: Any) -> ImageClassifier:
+    """A classifier by the paper's recipe; options: keys of RECIPE or RUN."""
+    recipe, run = ({key: options.get(key, value) for key, value in all.items()} for all in (RECIPE, RUN))
+    assert options.keys() <= recipe.keys() | run.keys()
+    return ImageClassifier(model, recipe, **run)
 
 
 def test_loss_equals_torch_and_ignores_masked_rows() -> None:
@@ -65,19 +74,26 @@ def test_weight_decay_spares_biases_and_vectors() -> None:
 
 
 def test_the_rate_is_scaled_to_the_global_batch() -> None:
-    classifier = ImageClassifier(repghostnet(0.1, 3), **{**RECIPE, "batch_size": 256})
+    classifier = classifier_of(repghostnet(0.1, 3), batch_size=256)
     assert [round(classifier.epoch_learning_rate(e), 6) for e in (0, 1, 150)] == [2.5e-5, 0.030020, 0.075001]
 
 
 def test_the_average_spans_a_share_of_the_run() -> None:
-    options = {**RECIPE, "ema_decay": None, "ema_span": 0.1, "epochs": 10, "steps_per_epoch": 20}
-    assert ImageClassifier(repghostnet(0.1, 3), **options).ema.decay == pytest.approx(1 - 1 / 20)
+    options = {"ema_decay": None, "ema_span": 0.1, "epochs": 10, "steps_per_epoch": 20}
+    assert classifier_of(repghostnet(0.1, 3), **options).ema.decay == pytest.approx(1 - 1 / 20)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("label_smoothing", 1.5), ("ema_decay", 1.0), ("momentum", -0.1), ("learning_rate", 0), ("ema_span", 0.1)],
+    [
+        ("label_smoothing", 1.5),
+        ("ema_decay", 1.0),
+        ("momentum", -0.1),
+        ("learning_rate", 0),
+        ("ema_span", 0.1),
+        ("weight_decay", -1e-5),
+    ],
 )
 def test_impossible_values_name_their_key(key: str, value: float) -> None:
     with pytest.raises(UserError, match=key):
-        ImageClassifier(repghostnet(0.1, 3), **{**RECIPE, key: value})
+        classifier_of(repghostnet(0.1, 3), **{key: value})

@@ -31,7 +31,7 @@ def build(config: Any, tmp_path: Path) -> None:
     assert trainer.max_epochs == config.epochs
     instantiate(config.data.augment)
     model = instantiate(config.model, num_classes=7)
-    classifier = instantiate(config.classifier)(model, steps_per_epoch=3)
+    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=3)
     assert classifier.configure_optimizers().param_groups[0]["lr"] > 0
     if config.logger:
         instantiate(config.logger, save_dir=str(tmp_path), name="x")

@@ -10,7 +10,7 @@ import torch
 from conftest import train_in
 from helpers import needs_compiler
 from omegaconf import OmegaConf
-from test_classifier import RECIPE
+from test_classifier import classifier_of
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -20,7 +20,7 @@ from torch import Tensor
 from repghost.figures import draw_curve
 from repghost.model import WIDTHS, repghostnet
 from repghost.reference import EPOCHS, IMAGENET, official_curve, standing
-from repghost.run import resolve_recipe
+from repghost.run import flat, resolve_recipe
 from repghost.training.classifier import ImageClassifier, smoothed_cross_entropy
 from repghost.training.recipe import deviations
 
@@ -37,7 +37,7 @@ def test_ten_steps_equal_timm_s(dtype: torch.dtype, tolerance: float) -> None:
     initial = mine.classifier.weight.detach().clone()
     batches = [(torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
 
-    classifier = ImageClassifier(mine, **{**RECIPE, "ema_decay": 0.9, "learning_rate": 2e-3})
+    classifier = classifier_of(mine, ema_decay=0.9, learning_rate=2e-3)
     optimizer = classifier.configure_optimizers()
     for epoch, (images, labels) in enumerate(batches):  # each step at the rate of another epoch, over the warm-up
         for group in optimizer.param_groups:
@@ -83,6 +83,8 @@ KNOBS = {
     "recipe.augment.jitter.contrast": 0.0,
     "recipe.augment.jitter.saturation": 0.0,
     "recipe.augment.erase.probability": 1.0,
+    "recipe.augment.erase.area": "[0.8,0.9]",
+    "recipe.augment.erase.aspect": "[8,9]",
     "recipe.augment.mean": "[0.1,0.1,0.1]",
     "recipe.augment.std": "[1,1,1]",
     "seed": 3,
@@ -117,11 +119,23 @@ def test_every_knob_changes_the_result(key: str, base: str, train_tiny: Program)
     assert logged("turned") != base
 
 
+RAND_AUGMENT = {"operations": 1, "magnitude": 2.6, "magnitude_std": 4, "probability": 1.0, "fill": "[0,0,255]"}
+
+
+def test_every_key_of_the_recipe_is_a_knob() -> None:
+    keys = set(flat(PAPER.recipe, "recipe."))
+    names = {"recipe.name", "recipe.augment._target_"}
+    elsewhere = {"recipe.ema_decay"}  # the other form of ema_span: test_classifier, test_ema
+    assert keys - names - elsewhere == {
+        *(key for key in KNOBS if key.startswith("recipe.")),
+        *(f"recipe.augment.rand_augment.{key}" for key in RAND_AUGMENT),
+    }
+
+
 def test_rand_augment_knobs_change_the_result(train_tiny: Program) -> None:
     wide = "recipe.rand_augment_from_width=0.05"
     assert train_tiny("name=base", wide) == 0
-    knobs = {"operations": 1, "magnitude": 2.6, "magnitude_std": 4, "probability": 1.0, "fill": "[0,0,255]"}
-    for key, value in knobs.items():
+    for key, value in RAND_AUGMENT.items():
         assert train_tiny(f"name={key}", wide, f"recipe.augment.rand_augment.{key}={value}") == 0
         assert logged(key) != logged("base"), key
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from helpers import needs_compiler
 from runs import PowerCut, cut_after
-from test_classifier import RECIPE
+from test_classifier import classifier_of
 from torch._dynamo.utils import counters
 
 import train
-from benchmarks import scaling, train_step
+from benchmarks import train_step
+from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.model import repghostnet
 from repghost.training.classifier import ImageClassifier
@@ -29,14 +30,14 @@ CPU = torch.device("cpu")
 def trained(steps: int, **options: object) -> ImageClassifier:
     """A tiny network after some steps on noise."""
     torch.manual_seed(0)
-    classifier = ImageClassifier(repghostnet(0.1, 3), **{**RECIPE, **options})  # type: ignore[arg-type]
+    classifier = classifier_of(repghostnet(0.1, 3), **options)
     classifier.train()
     classifier.on_fit_start()
     optimizer = classifier.configure_optimizers()
     for step in range(steps):
         torch.manual_seed(step)
         images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, -1])
-        classifier.training_step((images, labels, torch.arange(4)), step).backward()
+        classifier.training_step(Batch(images, labels, torch.arange(4), torch.zeros(4, 0)), step).backward()
         optimizer.step()
         optimizer.zero_grad()
         classifier.ema.update(classifier.model)
@@ -193,21 +194,3 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert sum(shares) == pytest.approx(1, abs=0.01)
     printed = capsys.readouterr().out
     assert "bound by" in printed.splitlines()[-len(table) - 1] and all(what in printed for what in table)
-
-
-def test_scaling_is_computed_from_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:
-    model = repghostnet(0.5)
-    assert scaling.exchanged(model) == 4 * sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
-    machine = scaling.Machine(decode=1e4, within=3e11, between=4e10, latency=2e-5, launch=3e-3)
-    assert machine.reduce(10**7, 1) == 0
-    assert machine.reduce(10**7, 8) == pytest.approx(2 * 7 / 8 * 1e7 / 3e11 + 6 * 2e-5)
-    scaling.main(["--rate", "0.5=20000", "--cores", "16", "--widths", "0.5"])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.5")]
-    assert len(rows) == 8 and rows[0][9] == "decode" and rows[0][7] == "11,504" and rows[7][9] == "launch"
-
-
-def test_paper_widths_reduce_9_to_39_megabytes() -> None:
-    sizes = [scaling.exchanged(repghostnet(width)) / 1e6 for width in (0.5, 2.0)]
-    assert [round(size) for size in sizes] == [9, 39]
-    rates = scaling.rates({0.5: 100.0})
-    assert rates[0.5] == 100 and 0.2 < rates[2.0] / rates[0.5] < 0.3

@@ -1,9 +1,9 @@
 """What is saved, when and how.
 
-`last.ckpt` is written at the end of every epoch, every `minutes` in between, and when a signal stops the run; the one
-before it stays as `previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` are copies of the epoch that was best on the
-validation images. `last.ckpt` is what counts: whatever a process that died did not get to do after it is done when the
-run is resumed. A checkpoint that is written during a validation resumes at the beginning of that validation.
+`last.ckpt` is written at the end of every epoch, every `minutes` in between, and when a signal stops the run; the
+previous one stays as `previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` are copies of the epoch that was best on the
+validation images. What follows a save (copies of the best, the evaluation) is done again on resume if the process died
+before it. A checkpoint that is saved during a validation resumes at the beginning of that validation.
 
 Files are written whole or not at all, their records carry checksums (the CRC32 of the zip format that torch.save
 writes), and they are read with `weights_only=True`, so that nothing in them is executed.
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from repghost.errors import UserError
 from repghost.files import atomic_write, remove_leftovers
-from repghost.training.classifier import ImageClassifier
-from repghost.training.signals import GO_ON, SAVE, STOP, Agreement, StopSignals, replace_lightnings_handling
+from repghost.training.classifier import HostCopy, ImageClassifier
+from repghost.training.internals import disable_signal_handling, rescale_batches, restart_validation
+from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -35,6 +36,9 @@ BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
 
 # Changes with the content of a checkpoint; 1 had no such key.
 FORMAT = 2
+
+# What a rank requests at the end of a batch; all ranks follow the largest request.
+GO_ON, SAVE, STOP = 0, 1, 2
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -101,11 +105,11 @@ class Checkpoints(Checkpoint):
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
-        self._agreement = Agreement()
+        self._request: HostCopy | None = None
         self._resumed_at_the_end_of_an_epoch = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        replace_lightnings_handling(trainer)
+        disable_signal_handling(trainer)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
 
@@ -116,19 +120,24 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
-        _require_one_resume_point(trainer)
+        steps = torch.as_tensor(pl_module.all_gather(torch.tensor(trainer.global_step)))
+        if steps.min() != steps.max():  # gradients of different steps would be mixed, or a rank would wait forever
+            raise UserError(
+                f"the ranks resumed at different steps, {steps.min()} to {steps.max()}: "
+                "do all machines see the same output folder?"
+            )
         if trainer.ckpt_path and trainer.is_global_zero:
-            batch = trainer.fit_loop.epoch_loop.batch_progress.current.completed % int(trainer.num_training_batches)
+            batches = trainer.global_step * trainer.accumulate_grad_batches % int(trainer.num_training_batches)
             print(
-                f"resumed    {trainer.ckpt_path}: epoch {trainer.current_epoch + 1}, {batch} batches are done",
+                f"resumed    {trainer.ckpt_path}: epoch {trainer.current_epoch + 1}, {batches} batches are done",
                 flush=True,
             )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not after the last batch: Lightning would leave out the validation when it resumes there. The first batch of
-        # the validation is as good. Nor between accumulated batches, whose gradients are in no checkpoint.
+        # Not after the last batch: Lightning would skip the validation when it resumes there, and the first batch of
+        # the validation does as well. Nor between accumulated batches, whose gradients are in no checkpoint.
         if batch_idx + 1 < trainer.num_training_batches and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._save_or_stop(trainer)
 
@@ -142,69 +151,55 @@ class Checkpoints(Checkpoint):
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
         due = time.monotonic() - self._saved >= self._seconds
-        wish = STOP if self.signals.received else SAVE if due else GO_ON
-        agreed = self._agreement.on(wish, trainer.strategy.root_device)
-        if agreed == STOP:
+        request = self._all_reduce(trainer, STOP if self.signals.received else SAVE if due else GO_ON)
+        if request == STOP:
             self.signals.answered()
-        if agreed != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
+        if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
             self._save(trainer)
-        if agreed == STOP:
+        if request == STOP:
             if trainer.is_global_zero:
                 print("stopped by a signal; the same command goes on from here", flush=True)
             self.signals.stop()
 
+    def _all_reduce(self, trainer: pl.Trainer, request: int) -> int:
+        """The largest request of all ranks, the same on each; with several ranks that of the previous batch.
+
+        The answer is read a batch later because reading it at once would make the host wait for the GPU.
+        """
+        if trainer.world_size == 1:
+            return request
+        largest = torch.tensor(request, device=trainer.strategy.root_device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        previous, self._request = self._request, HostCopy(largest)
+        return GO_ON if previous is None else int(previous.read())
+
     def _save(self, trainer: pl.Trainer) -> None:
-        assert isinstance(trainer.lightning_module, ImageClassifier)
-        trainer.lightning_module.require_finite_loss()
+        _classifier(trainer).require_finite_loss()
         trainer.save_checkpoint(self._folder / LAST)
         self._saved = time.monotonic()
-        self._agreement.forget()
+        self._request = None  # fulfilled
 
     def _keep_best(self, trainer: pl.Trainer, checkpoint: Path) -> None:
         """Copies the checkpoint at the end of an epoch when that is the best one so far."""
-        assert isinstance(trainer.lightning_module, ImageClassifier)
         if trainer.is_global_zero:
             for name, column in BEST.items():
-                values = [row[column] for row in trainer.lightning_module.history]
+                values = [row[column] for row in _classifier(trainer).history]
                 if values[-1] >= max(values):
                     with open(checkpoint, "rb") as source, atomic_write(self._folder / name) as target:
                         shutil.copyfileobj(source, target)
 
-    # -- Lightning's counters ------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
         if trainer.validating:
-            # In Lightning's terms: the first batch of the validation was begun. It then runs the validation again.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            nothing = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-            progress["total"] = {**nothing, "ready": 1, "started": 1}
-            progress["current"] = nothing
-            progress["is_last_batch"] = False
+            restart_validation(checkpoint)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        loops = checkpoint["loops"]["fit_loop"]
-        epoch = loops["epoch_progress"]["current"]
-        self._resumed_at_the_end_of_an_epoch = epoch["processed"] == epoch["ready"]
-        # A step may be cut into other batches than before.
-        before, now = checkpoint["accumulate"], trainer.accumulate_grad_batches
-        for counter in (loops["epoch_loop.batch_progress"][which] for which in ("total", "current")):
-            open_batches = counter["ready"] - counter["completed"]
-            counter.update(dict.fromkeys(("ready", "started", "processed"), counter["ready"] * now // before))
-            counter["completed"] = counter["ready"] - open_batches
+    def on_load_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        epochs_done = checkpoint["global_step"] / checkpoint["run"]["steps_per_epoch"]
+        self._resumed_at_the_end_of_an_epoch = len(checkpoint["history"]) == epochs_done
+        # A step may be cut into another number of batches than before.
+        rescale_batches(checkpoint, checkpoint["accumulate"], trainer.accumulate_grad_batches)
 
 
-def _require_one_resume_point(trainer: pl.Trainer) -> None:
-    """Raises UserError where the ranks begin at different steps, which would mix their gradients or never end."""
-    if trainer.world_size > 1:
-        steps = torch.tensor([trainer.global_step, -trainer.global_step], device=trainer.strategy.root_device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise UserError(
-                f"the ranks resumed at different steps, {-steps[1]} to {steps[0]}: "
-                "do all machines see the same output folder?"
-            )
+def _classifier(trainer: pl.Trainer) -> ImageClassifier:
+    assert isinstance(trainer.lightning_module, ImageClassifier)
+    return trainer.lightning_module

@@ -1,11 +1,11 @@
 """ImageClassifier: what a training step, a validation and a checkpoint of a run are.
 
-Batches arrive from the data module as (float32 images [N, 3, H, W] on the device, int64 labels [N], int64 positions
-[N]); label -1 marks a row that stands for no image. Raw and averaged weights are validated side by side in float32.
+Batches arrive from the data module with images float32 [N, 3, H, W] on the device, labels int64 [N] and positions
+int64 [N]; label -1 marks a row without an image. Raw and averaged weights are validated side by side in float32.
 Check: `pytest tests/test_classifier.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,34 +21,25 @@ from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
 from repghost.training.ema import WeightAverage
-from repghost.training.schedule import learning_rate, linear_scale
+from repghost.training.internals import copy_all
+from repghost.training.recipe import Recipe
 from repghost.training.trainer import compile_step, compiles
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains `model` by the recipe; `ema.model` is its average, `history` the rows of metrics.csv.
+    """Trains `model` by a recipe; `ema.model` is its average, `history` the rows of metrics.csv.
 
-    learning_rate, start_learning_rate and final_learning_rate are stated for `reference_batch_size` and scaled to
-    `batch_size`, the global one. The average has the decay `ema_decay` or, in its place, a memory of `ema_span` times
-    the steps of the run. compile: the training step, see `repghost.training.trainer`.
+    recipe: the `recipe` block of a run's config, see `Recipe`. batch_size: global. compile: the training step, see
+    `repghost.training.trainer.compiles`. freeze_epochs: epochs in which only the last layer learns.
     """
 
     def __init__(
         self,
         model: RepGhostNet,
+        recipe: Mapping[str, Any],
         *,
         epochs: int,
         batch_size: int,
-        reference_batch_size: int,
-        learning_rate: float,
-        start_learning_rate: float,
-        final_learning_rate: float,
-        warmup_epochs: int,
-        momentum: float,
-        weight_decay: float,
-        label_smoothing: float,
-        ema_decay: float | None,
-        ema_span: float | None,
         steps_per_epoch: int,
         freeze_epochs: int,
         channels_last: bool,
@@ -56,37 +47,18 @@ class ImageClassifier(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if (ema_decay is None) == (ema_span is None):
-            raise UserError(f"recipe.ema_decay={ema_decay}, recipe.ema_span={ema_span}: give one, null the other")
-        if ema_span is not None:
-            ema_decay = max(0.0, 1 - 1 / (ema_span * epochs * steps_per_epoch))
-        for key, value in {"label_smoothing": label_smoothing, "ema_decay": ema_decay, "momentum": momentum}.items():
-            if value is None or not 0 <= value < 1:
-                raise UserError(f"recipe.{key}={value} is not in [0, 1)")
-        if learning_rate <= 0 or weight_decay < 0:
-            raise UserError(f"recipe.learning_rate={learning_rate}, recipe.weight_decay={weight_decay}: not negative")
-        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
-        self.ema = WeightAverage(self.model, float(ema_decay or 0))
-        self._compile = compile
-        self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
-
-        def scaled(value: float) -> float:
-            return linear_scale(value, batch_size=batch_size, reference_batch_size=reference_batch_size)
-
-        self._curve: dict[str, Any] = {
-            "epochs": epochs,
-            "peak": scaled(learning_rate),
-            "start": scaled(start_learning_rate),
-            "final": scaled(final_learning_rate),
-            "warmup_epochs": warmup_epochs,
-        }
-        self._sgd = {"momentum": momentum, "weight_decay": weight_decay}
-        self._label_smoothing = label_smoothing
+        self._recipe = Recipe.of(recipe)
+        self._epochs, self._batch_size, self._seed = epochs, batch_size, seed
         self._freeze_epochs = freeze_epochs
-        self._seed = seed
-        self._batch_size = batch_size
+        self._compile = compile
+        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
+        self.ema = WeightAverage(self.model, self._recipe.decay(epochs * steps_per_epoch))
         self.history: list[dict[str, float]] = []
-        # What a checkpoint has to agree in; config.yaml, which says more, may have been lost.
+        self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
+        self._last_step: tuple[HostCopy, int, int, Tensor] | None = None  # loss is finite, epoch, batch, positions
+        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
+        self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
+        # What a checkpoint must agree with; config.yaml, which says more, may have been lost.
         self._run = {
             "width": model.width,
             "classes": model.classifier.out_features,
@@ -95,24 +67,21 @@ class ImageClassifier(pl.LightningModule):
             "steps_per_epoch": steps_per_epoch,
             "seed": seed,
         }
-        self._watch = LossWatch()
-        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
-        self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
     def epoch_learning_rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, scaled to the batch size."""
-        return learning_rate(epoch, **self._curve)
+        return self._recipe.rate(epoch, epochs=self._epochs, batch_size=self._batch_size)
 
     def configure_optimizers(self) -> Optimizer:
         """SGD with Nesterov momentum."""
         return SGD(
-            parameter_groups(self.model, self._sgd["weight_decay"]),
+            parameter_groups(self.model, self._recipe.weight_decay),
             lr=self.epoch_learning_rate(0),
-            momentum=self._sgd["momentum"],
-            nesterov=self._sgd["momentum"] > 0,
-            # One kernel, which takes AMP's scale without asking the device. A CPU's rounds otherwise than timm's SGD.
+            momentum=self._recipe.momentum,
+            nesterov=self._recipe.momentum > 0,
+            # Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD.
             fused=self.device.type == "cuda" or None,
         )
 
@@ -122,7 +91,7 @@ class ImageClassifier(pl.LightningModule):
         self.ema.to(self.device)
         self._train_sums = self._train_sums.to(self.device)
         if compiles(self._compile, self.device):
-            # The network of a validation is in another mode and stays as it is: one graph, compiled once.
+            # Validation, in evaluation mode and float32, is not compiled: one graph, compiled once.
             self._loss = compile_step(self._network_and_loss)
 
     def on_train_epoch_start(self) -> None:
@@ -134,22 +103,31 @@ class ImageClassifier(pl.LightningModule):
         if self._freeze_epochs:
             self.model.train(not self._frozen)  # frozen, BatchNorm keeps the statistics that the weights came with
             self.model.dropout.train()
-        # Dropout differs between ranks and is the same again when the batch is.
+        # Dropout differs between ranks; repeating a batch after a resume repeats its dropout.
         torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(batch.images, batch.labels)
-        images_counted = (batch.labels >= 0).sum()
-        self._train_sums += torch.stack([loss.detach().double() * images_counted, images_counted])
-        self._watch.follow(loss, self.current_epoch, batch_idx, batch.positions)
+        images = (batch.labels >= 0).sum()
+        self._train_sums += torch.stack([loss.detach().double() * images, images])
+        self.require_finite_loss()  # of the step before: the host does not wait for this one
+        self._last_step = HostCopy(loss.detach().isfinite()), self.current_epoch, batch_idx, batch.positions
         return loss
 
     def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return smoothed_cross_entropy(self.model(images), labels, self._label_smoothing)
+        return smoothed_cross_entropy(self.model(images), labels, self._recipe.label_smoothing)
 
     def require_finite_loss(self) -> None:
-        """Raises UserError when the loss of the last step was not a number; waits for that step."""
-        self._watch.check()
+        """Raises UserError when the loss of the last step was not finite; waits for that step."""
+        if self._last_step is None:
+            return
+        finite, epoch, batch, positions = self._last_step
+        if not finite.read():
+            raise UserError(
+                f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
+                f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
+                "start a new run with a smaller learning rate or another precision"
+            )
 
     @property
     def _frozen(self) -> bool:
@@ -162,14 +140,8 @@ class ImageClassifier(pl.LightningModule):
                 if not name.startswith("classifier."):
                     parameter.grad = None
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
         trainer: Any = self.trainer
         with trainer.profiler.profile("[ImageClassifier].average"):
             average_buffers(self.model)
@@ -183,6 +155,7 @@ class ImageClassifier(pl.LightningModule):
     # -- validation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
+        self.require_finite_loss()
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -227,7 +200,7 @@ class ImageClassifier(pl.LightningModule):
         sums = checkpoint["train_sums"]
         if len(sums) == self.trainer.world_size:
             self._train_sums.copy_(sums[self.global_rank])
-        elif self.global_rank == 0:  # another number of ranks: one of them carries the sum of all on
+        elif self.global_rank == 0:  # another number of ranks: rank 0 takes the sum of all
             self._train_sums.copy_(sums.sum(dim=0))
 
 
@@ -258,55 +231,35 @@ def average_buffers(model: nn.Module) -> None:
 
     Every rank then holds the same model at any moment. The official runs kept each rank's own statistics.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     flat = torch.cat([b.flatten() for b in buffers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     parts = flat.split([b.numel() for b in buffers])
-    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+    copy_all(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
 
 
-class LossWatch:
-    """Looks at the loss of every step one step later.
+class HostCopy:
+    """A copy of a small tensor for the host to read later.
 
-    On a GPU the verdict on a step is copied to the host while the next step is queued, and read only then: the host
-    waits for a step that the GPU has left behind, the GPU never waits for the host.
+    On a GPU the copy is queued behind what is being computed, and `read` waits for it. A host that reads it one step
+    later waits for a step that is over or nearly so, and the GPU always has work queued.
     """
 
-    def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event | None, int, int, Tensor] | None = None
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._copied = value, None
+        if value.is_cuda:
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    def follow(self, loss: Tensor, epoch: int, batch: int, positions: Tensor) -> None:
-        """Takes note of a step's loss (a scalar on any device) and checks the one before it."""
-        before = self._pending
-        finite, event = torch.isfinite(loss.detach()), None
-        if finite.is_cuda:
-            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = (finite, event, epoch, batch, positions)
-        if not loss.is_cuda:
-            self.check()
-        elif before is not None:
-            _require_finite(*before)
-
-    def check(self) -> None:
-        """Checks the last step; waits for it."""
-        if self._pending is not None:
-            _require_finite(*self._pending)
-
-
-def _require_finite(finite: Tensor, event: torch.cuda.Event | None, epoch: int, batch: int, positions: Tensor) -> None:
-    if event is not None:
-        event.synchronize()
-    if not finite:
-        first, last = int(positions[0]), int(positions[-1])
-        raise UserError(
-            f"the loss is not finite in epoch {epoch}, batch {batch} (positions {first} to {last} of the epoch); "
-            "the last checkpoint is from before; begin a new run with a smaller learning rate or another precision"
-        )
+    def read(self) -> Tensor:
+        """The tensor, on the CPU."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value
 
 
 def step_seed(*parts: int) -> int:

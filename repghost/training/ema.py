@@ -9,6 +9,11 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from repghost.training.internals import copy_all
+
+Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 class WeightAverage:
@@ -21,10 +26,11 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._average = get_ema_multi_avg_fn(decay)
         self._tensors: tuple[Pairs, Pairs] | None = None
 
     def to(self, device: torch.device) -> None:
-        """Moves the average; to be called once the training model was moved, too."""
+        """Moves the average; to be called after the training model was moved."""
         self.model.to(device)
         self._tensors = None
 
@@ -32,18 +38,15 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """average <- decay * average + (1 - decay) * model, over every parameter and floating-point buffer.
 
-        The tensors are looked up at the first call: it has to be the same model every time, and moved to another
-        device only together with this average.
+        The tensors are looked up at the first call: later calls must pass the same model, and it must not have moved to
+        another device without this average.
         """
         if self._tensors is None:
             self._tensors = _pairs(self.model, model)
         floating, counts = self._tensors
-        torch._foreach_lerp_(*floating, 1 - self.decay)
+        self._average(*floating, 0)  # the last argument, a number of updates, is not read
         if counts[0]:
-            torch._foreach_copy_(*counts)
-
-
-Pairs = tuple[list[Tensor], list[Tensor]]
+            copy_all(*counts)
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> tuple[Pairs, Pairs]:

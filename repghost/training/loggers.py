@@ -1,13 +1,15 @@
-"""Loggers beside the CSV files of a run: whatever goes wrong in one of them, the training goes on."""
+"""What a run writes while it trains: metrics.csv, timing.csv, curve.png, a line per epoch, and a logger of conf/logger.
 
-import csv
+Whatever goes wrong in W&B or TensorBoard, the training goes on.
+Check: `pytest tests/test_train.py tests/test_sweep.py`.
+"""
+
 import secrets
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,29 +24,17 @@ from repghost.files import atomic_write, rows_as_csv, write_text
 from repghost.reference import Row, standing
 from repghost.training.classifier import ImageClassifier
 
-TIMING = ("epoch", "train_seconds", "images_per_second", "validation_seconds")
-
 WANDB_ID = "wandb_id.txt"
 
 
 class GuardedLogger(Logger):
-    """Passes on to `logger` what Lightning logs, until that raises: one line says so, and the run goes on without it.
+    """Passes on to `logger` what is logged, until that raises: one line says so, and the run goes on without it."""
 
-    config: the YAML file of the run's config, which is logged when the training begins.
-    """
+    name = version = None
 
-    def __init__(self, logger: Logger, config: Path) -> None:
+    def __init__(self, logger: Logger) -> None:
         super().__init__()
         self._logger: Logger | None = logger
-        self._config: Path | None = config
-
-    @property
-    def name(self) -> None:
-        return None
-
-    @property
-    def version(self) -> None:
-        return None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._pass("log_metrics", metrics, step)
@@ -53,15 +43,11 @@ class GuardedLogger(Logger):
         self._pass("log_hyperparams", params)
 
     def save(self) -> None:
-        # Lightning's first call when a training begins: a logger that cannot start says so now, not an epoch later.
-        if self._config is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            config, self._config = OmegaConf.load(self._config), None
-            self._pass("log_hyperparams", OmegaConf.to_container(config))
         self._pass("save")
 
     def finalize(self, status: str) -> None:
         self._pass("finalize", status)
-        self._logger = None  # Lightning finalizes once more after each evaluation
+        self._logger = None  # a Trainer finalizes once more after each evaluation
 
     @rank_zero_only
     def _pass(self, method: str, *arguments: Any) -> None:
@@ -76,59 +62,58 @@ class GuardedLogger(Logger):
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's logger for Weights & Biases; a run that is resumed in its folder goes on with its curve there.
+    """Lightning's logger for Weights & Biases; a run that is resumed in its folder continues its curve there.
 
-    The id of the wandb run is kept in `save_dir`/wandb_id.txt. At the end, uploads have `finish_seconds`: what is left
+    The id of the wandb run is kept in `save_dir`/wandb_id.txt. At the end uploads have `finish_seconds`; what is left
     then stays in the folder, for `wandb sync`.
     """
 
-    def __init__(self, save_dir: str, finish_seconds: float, **options: Any) -> None:
-        super().__init__(save_dir=save_dir, id=_wandb_id(Path(save_dir) / WANDB_ID), **options)
-        self._finish_seconds = finish_seconds
+    def __init__(self, save_dir: str, finish_seconds: float, settings: dict[str, Any], **options: Any) -> None:
+        settings = {"finish_timeout": finish_seconds, "finish_timeout_raises": True, **settings}
+        super().__init__(save_dir=save_dir, id=_wandb_id(Path(save_dir) / WANDB_ID), settings=settings, **options)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        import wandb
+
         super().finalize(status)
-        if self._experiment is None:
-            return
-        code = 0 if status == "success" else 1
-        # Without a network, wandb waits for it: in a thread that nobody waits for.
-        upload = Thread(target=self._experiment.finish, kwargs={"exit_code": code}, daemon=True)
-        upload.start()
-        upload.join(self._finish_seconds)
-        if upload.is_alive():
-            raise TimeoutError(
-                f"the upload did not end in {self._finish_seconds:g} seconds; `wandb sync` can send what lies in "
-                f"{self.save_dir}/wandb"
-            )
+        if wandb.run is not None:
+            wandb.run.finish(exit_code=0 if status == "success" else 1)
 
 
+@rank_zero_only
 def _wandb_id(file: Path) -> str | None:
     """The id of the wandb run, drawn and written to `file` at first; None on ranks that do not log."""
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return None
     if not file.exists():
         write_text(file, secrets.token_hex(4) + "\n")
     return file.read_text().strip()
 
 
-def make_logger(config: DictConfig | None, directory: Path) -> Logger | None:
-    """The logger of conf/logger beside the CSV files that every run writes; None for `logger=csv`."""
+def make_logger(config: DictConfig | None, directory: Path) -> list[Logger]:
+    """The logger of conf/logger beside the CSV files that every run writes; none for `logger=csv`."""
     if not config:
-        return None
-    logger = instantiate(config, save_dir=str(directory.resolve()), name=directory.name)
-    return GuardedLogger(logger, directory / "config.yaml")
+        return []
+    return [GuardedLogger(instantiate(config, save_dir=str(directory.resolve()), name=directory.name))]
 
 
 class RunFiles(Callback):
-    """Writes metrics.csv (reproducible, rewritten from the history), timing.csv and curve.png; prints epoch lines."""
+    """Writes metrics.csv (reproducible, rewritten from the history), timing.csv and curve.png; prints epoch lines.
+
+    Hands config.yaml to the loggers when the training begins. `official` is the reference curve to compare with.
+    """
 
     def __init__(self, directory: Path, curve_seconds: float) -> None:
+        self.official: dict[int, Row] | None = None
         self._directory = directory
         self._curve_seconds = curve_seconds
         self._curve_drawn = 0.0
-        self.official: dict[int, Row] | None = None  # the official run to compare with, set once the data are known
-        self._batches = 0
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A logger that cannot start says so now, not an epoch later.
+        config: Any = OmegaConf.to_container(OmegaConf.load(self._directory / "config.yaml"))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # An epoch that is entered in its middle is not announced by on_train_epoch_start.
@@ -151,11 +136,15 @@ class RunFiles(Callback):
         seconds = self._validating - self._started
         speed = self._batches * pl_module.images_per_batch / seconds
         write_text(self._directory / "metrics.csv", rows_as_csv(pl_module.history))
-        with open(self._directory / "timing.csv", "a", newline="") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(TIMING)
-            writer.writerow([row["epoch"], f"{seconds:.2f}", f"{speed:.1f}", f"{now - self._validating:.2f}"])
+        timing = {
+            "epoch": row["epoch"],
+            "train_seconds": round(seconds, 2),
+            "images_per_second": round(speed, 1),
+            "validation_seconds": round(now - self._validating, 2),
+        }
+        with open(self._directory / "timing.csv", "a") as file:
+            header, _, line = rows_as_csv([timing]).partition("\n")
+            file.write(line if file.tell() else f"{header}\n{line}")
         if self.official and row["epoch"] in self.official:
             official = {f"official_{k}": v for k, v in self.official[int(row["epoch"])].items() if k != "epoch"}
             for logger in trainer.loggers:
@@ -182,14 +171,14 @@ class RunFiles(Callback):
 
 
 class SpeedBar(TQDMProgressBar):
-    """Lightning's progress bar with images/s; silent where nobody watches (no terminal)."""
+    """Lightning's progress bar with images/s; silent without a terminal."""
 
     def __init__(self, refresh_rate: int) -> None:
         super().__init__(refresh_rate=refresh_rate if sys.stderr.isatty() else 0)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
-        rate = self.train_progress_bar.format_dict["rate"] if self._train_progress_bar is not None else None
+        rate = self.train_progress_bar.format_dict["rate"]
         if rate and isinstance(pl_module, ImageClassifier):
             shown["images/s"] = f"{rate * pl_module.images_per_batch:,.0f}"
         return shown

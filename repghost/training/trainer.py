@@ -1,15 +1,17 @@
-"""The Lightning Trainer of a run: devices, precision, strategy. Mistakes are found here, before any data is opened."""
+"""The Lightning Trainer of a run: devices, precision, strategy. Mistakes are found here, before any data is opened.
+
+Check: `pytest tests/test_sweep.py tests/test_train_step.py`.
+"""
 
 import ctypes
 import logging
 import os
 import shutil
 import sysconfig
-import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -22,26 +24,18 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch.utils._triton import has_triton
 
 from repghost.errors import UserError
+from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# The variables that name a compiler, and what is looked for without them: C for Triton, C++ for CPUs.
-_COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 
-# What Lightning says about its own internals, or about a sampler that it does not know.
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-warnings.filterwarnings("ignore", message=".*functional.all_gather.*")
-warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+# By device type: the environment variable that names the compiler, and the names that are tried without it.
+_COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -54,56 +48,38 @@ def make_trainer(
     devices: int | str,
     num_nodes: int,
     precision: str,
-    epochs: int,
-    batch_size: int,
-    accumulate: int,
     deterministic: bool,
     threads: int | None,
     timeout_minutes: float,
     directory: Path,
+    epochs: int = 1,
+    batch_size: int | None = None,
+    accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     plugins: Sequence[CheckpointIO] = (),
-    logger: Logger | None = None,
-    **options: Any,
+    logger: Sequence[Logger] = (),
+    profiler: Profiler | None = None,
 ) -> pl.Trainer:
     """A Trainer with what every run of this project shares.
 
     accelerator: `cpu`, `gpu`, or `auto` (a GPU where there is one). devices: how many, or `auto` (every GPU, one CPU
     process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
-    has it, fp16 on an older one, float32 on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate`
-    equal parts. threads: of PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits
-    for the others before it gives up. `options` are the Trainer's.
+    has it, fp16 on an older one, float32 on a CPU). threads: of PyTorch in each process, None for PyTorch's choice.
+    timeout_minutes: how long a rank waits for the others before it gives up. Only a training has epochs, accumulate and
+    a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts.
     """
-    if accelerator not in ACCELERATORS:
-        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
-    gpus = torch.cuda.device_count()
-    if accelerator == "auto":
-        accelerator = "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and not gpus:
-        raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
+    ignore_warnings()
     started = started_outside()
-    if devices == "auto":
-        devices = started.devices if started else gpus if accelerator == "gpu" else 1
-    if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
-        raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
-    if accelerator == "gpu" and devices > gpus:
-        raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
+    accelerator, devices = _choose_devices(accelerator, devices, num_nodes, started)
     require_processes(started, devices, num_nodes)
     ranks = devices * num_nodes
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if accelerator == "cpu":
-        keep_freed_memory()
-    # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    if accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate):
+    if batch_size is not None and (accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate)):
         raise UserError(
             f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
         )
     if epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
+    _set_up_process(accelerator, threads)
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -116,15 +92,43 @@ def make_trainer(
         benchmark=not deterministic,
         default_root_dir=directory,
         callbacks=list(callbacks),
-        logger=logger or False,
+        logger=list(logger),
+        profiler=profiler,
         plugins=[*plugins, environment(started)],
-        # What follows from the design, not from taste: our sampler knows the ranks, the checkpoints and bars replace
-        # Lightning's, and a sanity validation would start the loaders before the position is known.
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
+        log_every_n_steps=0,  # the loggers get whole epochs
+        use_distributed_sampler=False,  # the data module knows the ranks
+        num_sanity_val_steps=0,  # it would start the loaders before a resumed run's position is known
         enable_model_summary=False,
-        **options,
     )
+
+
+def _choose_devices(accelerator: str, devices: int | str, num_nodes: int, started: "Started | None") -> tuple[str, int]:
+    """The accelerator (`cpu` or `gpu`) and the number of devices on each machine."""
+    if accelerator not in ACCELERATORS:
+        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
+    gpus = torch.cuda.device_count()
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    if accelerator == "gpu" and not gpus:
+        raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
+    if devices == "auto":
+        devices = started.devices if started else gpus if accelerator == "gpu" else 1
+    if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
+        raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
+    if accelerator == "gpu" and devices > gpus:
+        raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
+    return accelerator, devices
+
+
+def _set_up_process(accelerator: str, threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if accelerator == "cpu":
+        keep_freed_memory()
+    # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
@@ -163,15 +167,15 @@ def _distributed(accelerator: str, timeout_minutes: float) -> DDPStrategy:
 
 
 def compiles(wanted: bool | str, device: torch.device) -> bool:
-    """Whether to compile for `device`: true, false, or `auto`, which is where it pays within minutes: on GPUs.
+    """Whether to compile for `device`: true, false, or `auto`: on GPUs, where it pays within minutes.
 
-    Raises UserError where it is wanted (`true`) and impossible; `auto` goes without, and says so.
+    Raises UserError where it is wanted (`true`) and impossible; `auto` warns and goes without.
     """
     if wanted not in (True, False, "auto"):
         raise UserError(f"compile={wanted} is not one of auto, true, false")
     if not wanted or (wanted == "auto" and device.type != "cuda"):
         return False
-    problem = _missing(device)
+    problem = _missing_for_compiling(device)
     if problem and wanted != "auto":
         raise UserError(f"compile=true is impossible here: {problem}; compile=false goes without")
     if problem:
@@ -180,23 +184,22 @@ def compiles(wanted: bool | str, device: torch.device) -> bool:
 
 
 def compile_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` as one graph for one shape; deterministic, where PyTorch's algorithms are to be."""
-    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()  # kernels by rule, not by time
+    """`function` as one graph for one shape, deterministic where PyTorch's algorithms have to be."""
+    choose_kernels_by_rule(torch.are_deterministic_algorithms_enabled())
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def keep_compiled(folder: str | Path) -> None:
-    """Keeps what is compiled in `folder`, so that the next run starts warm, unless TORCHINDUCTOR_CACHE_DIR says where.
+    """Keeps compiled code in `folder`, so that the next run starts warm, unless TORCHINDUCTOR_CACHE_DIR says where.
 
-    PyTorch's own choice is in the temporary folder, which neither a reboot nor a cluster's next job finds again. It
-    writes that choice into the variable as soon as it is imported.
+    torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again.
     """
     if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
         os.environ[_CACHE] = str(Path(folder).expanduser().resolve())
 
 
-def _missing(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, None if nothing."""
+def _missing_for_compiling(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, None if nothing. torch itself says so only at the first step."""
     if device.type == "cuda" and not has_triton():
         return "there is no Triton for this GPU"
     variable, names = _COMPILERS["cuda" if device.type == "cuda" else "cpu"]

@@ -1,0 +1,124 @@
+"""The training step of this project and timm's, each as a function that runs one on a batch: for train_step.py."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2
+from torch import nn
+
+from benchmarks.common import ROOT
+from benchmarks.loader import IMAGE_SIZE
+from repghost.dataset import Batch
+from repghost.run import resolve_recipe
+from repghost.training.trainer import keep_freed_memory
+
+CLASSES = 1000
+Step = Callable[[Batch], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and on what."""
+
+    device: torch.device
+    width: float
+    batch_size: int
+    threads: int  # of a step on a CPU
+    workers: int  # of a loader beside the step
+
+    @property
+    def amp(self) -> torch.autocast:
+        """bf16 on a GPU, float32 on a CPU, as both projects do by default."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def batch(self) -> Batch:
+        """Noise; what is in the images costs nothing."""
+        shape = (self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        labels = torch.randint(CLASSES, shape[:1], device=self.device)
+        return Batch(torch.randn(shape, device=self.device), labels, torch.arange(self.batch_size), torch.empty(0))
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def process(self) -> Executor:
+        """A process of its own: how memory is allocated, and what is compiled, belong to a process."""
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=[self.threads])
+
+
+def our_step(run: Run, compile: bool | str) -> Step:
+    """ImageClassifier as train.py builds it, without Lightning around it; compile: the key of that name."""
+    overrides = ["data.root=not read", f"width={run.width}", f"compile={compile}", f"batch_size={run.batch_size}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", overrides)
+    resolve_recipe(config)
+    if run.device.type == "cpu":
+        keep_freed_memory()  # as make_trainer does
+    model = instantiate(config.model, num_classes=CLASSES)
+    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=1000).to(run.device)
+    classifier.on_fit_start()
+    optimizer = classifier.configure_optimizers()
+
+    def step(batch: Batch) -> None:
+        classifier.on_train_batch_start(batch, 0)
+        with run.amp:
+            loss = classifier.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        classifier.ema.update(classifier.model)
+
+    return step
+
+
+def timm_step(run: Run, compile: bool) -> Step:
+    """The inner loop of timm's training script; compile: with channels_last, too."""
+    name = f"repghostnet_{round(100 * run.width):03d}"
+    model: nn.Module = timm.create_model(name, num_classes=CLASSES, drop_rate=0.2)
+    layout = torch.channels_last if compile else torch.contiguous_format
+    model = model.to(run.device, memory_format=layout).train()
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, weight_decay=1e-5)
+    average, loss_of = ModelEmaV2(model, decay=0.9999), LabelSmoothingCrossEntropy(0.1)
+    network = torch.compile(model) if compile else model
+
+    def step(batch: Batch) -> None:
+        with run.amp:
+            loss = loss_of(network(batch.images.contiguous(memory_format=layout)), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(model)
+
+    return step
+
+
+_ready: dict[str, Any] = {}  # the step and the batch of this process
+
+
+def first_steps(make: Callable[[Run], Step], run: Run) -> float:
+    """Makes the step and runs the first two; seconds without imports."""
+    start = time.perf_counter()
+    _ready.update(step=make(run), batch=run.batch())
+    timed_steps(run, 2)
+    return time.perf_counter() - start
+
+
+def timed_steps(run: Run, steps: int) -> float:
+    """What so many steps take in this process."""
+    run.wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        _ready["step"](_ready["batch"])
+    run.wait()
+    return time.perf_counter() - start
