@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV2
 
 from repghost.figures import draw_curve
 from repghost.model import WIDTHS, repghostnet
-from repghost.reference import EPOCHS, IMAGENET, official_curve, standing
+from repghost.reference import EPOCHS, IMAGENET, reference_curve, standing
 from repghost.run import resolve_recipe
 from repghost.training.classifier import ImageClassifier, smoothed_cross_entropy
 from repghost.training.recipe import deviations
@@ -143,22 +143,22 @@ def test_deviations_from_the_paper_are_named() -> None:
         assert named in found
 
 
-def test_official_curves_are_for_the_official_setting_only() -> None:
+def test_reference_curves_are_for_the_official_setting_only() -> None:
     for width in WIDTHS:
-        curve = official_curve(width, EPOCHS, IMAGENET)
+        curve = reference_curve(width, EPOCHS, IMAGENET)
         assert curve is not None and curve[50]["ema_top1"] > 50
         row = {"epoch": 50.0, "val_top1": curve[50]["val_top1"] + 1.5, "ema_top1": curve[50]["ema_top1"] - 0.25}
         assert standing(row, curve) == "against the official run raw +1.50, EMA -0.25 points"
-    assert official_curve(0.9, EPOCHS, IMAGENET) is None
-    assert official_curve(1.0, 100, IMAGENET) is None
-    assert official_curve(1.0, EPOCHS, (1498, 299)) is None
+    assert reference_curve(0.9, EPOCHS, IMAGENET) is None
+    assert reference_curve(1.0, 100, IMAGENET) is None
+    assert reference_curve(1.0, EPOCHS, (1498, 299)) is None
     assert "ended" in standing(
-        {"epoch": 299.0, "val_top1": 0, "ema_top1": 0}, official_curve(2.0, EPOCHS, IMAGENET) or {}
+        {"epoch": 299.0, "val_top1": 0, "ema_top1": 0}, reference_curve(2.0, EPOCHS, IMAGENET) or {}
     )
 
 
 def test_the_curve_is_drawn_with_and_without_the_official_one(tmp_path: Path) -> None:
-    official = official_curve(1.0, EPOCHS, IMAGENET)
+    official = reference_curve(1.0, EPOCHS, IMAGENET)
     assert official is not None
     history = [official[e] for e in range(40)]
     sizes = []
@@ -172,7 +172,7 @@ def test_the_curve_is_drawn_with_and_without_the_official_one(tmp_path: Path) ->
 def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     import train
 
-    monkeypatch.setattr(train, "official_curve", lambda width, *_: official_curve(1.0, EPOCHS, IMAGENET))
+    monkeypatch.setattr(train, "reference_curve", lambda width, *_: reference_curve(1.0, EPOCHS, IMAGENET))
     assert train_tiny("name=x", "logger=tensorboard") == 0
     printed = capsys.readouterr().out
     assert printed.count("against the official run raw ") == 2
