@@ -89,7 +89,30 @@ class Erase:
         return torch.stack([top, left, h, w], dim=1).long() * erased.unsqueeze(1)
 
 
-class Augment:
+class Normalize:
+    """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W]; mean, std: of each channel, of pixels in [0, 1]."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = tuple(255.0 * value for value in mean)
+        self.std = tuple(255.0 * value for value in std)
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
+        mean, std = self._constants(images)
+        if not _prefers_groups(images):
+            return normalize(images, mean, std)
+        result = torch.empty_like(images, dtype=torch.float32)
+        for rows in _pieces(images):
+            normalize(images[rows], mean, std, result[rows])
+        return result
+
+    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
+        like = images.new_empty(0, dtype=torch.float32)
+        return channels(self.mean, like), channels(self.std, like)
+
+
+class Augment(Normalize):
     """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W], for training and for evaluation.
 
     flip: probability of a horizontal flip; jitter, rand_augment, erase: the values of `Jitter`, `RandAugment`
@@ -106,12 +129,11 @@ class Augment:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        super().__init__(mean, std)
         self.flip = flip
         self.jitter = _options(Jitter, "jitter", jitter)
         self.rand_augment = _options(RandAugment, "rand_augment", rand_augment)
         self.erase = _options(Erase, "erase", erase)
-        self.mean = tuple(255.0 * value for value in mean)
-        self.std = tuple(255.0 * value for value in std)
 
     def train(
         self,
@@ -168,21 +190,6 @@ class Augment:
             if boxes is not None:
                 erase_in_place(pixels, boxes[rows], generator)
         return result
-
-    def evaluate(self, images: Tensor) -> Tensor:
-        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
-        mean, std = self._constants(images)
-        if not _prefers_groups(images):
-            return normalize(images, mean, std)
-        result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            normalize(images[rows], mean, std, result[rows])
-        return result
-
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
-        like = images.new_empty(0, dtype=torch.float32)
-        return channels(self.mean, like), channels(self.std, like)
 
 
 def _prefers_groups(images: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from data.augment import Augment
+from data.augment import Augment, Normalize
 from data.crops import EvaluationPlan, Plan, TrainPlan
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
@@ -25,12 +26,25 @@ from repghost.training.classifier import step_seed
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 
 
+@dataclass(frozen=True)
+class _Training:
+    """What only training reads."""
+
+    augment: Augment
+    skip_budget: float
+    batch_size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    seed: int
+
+
 class ImageNetData(DataModule):
     """Training and validation images of a shard folder.
 
     root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. batch_size: global.
     workers: processes that decode, per rank, or `auto` for one a core. skip_budget: share of the training images that
-    may be bad (masked and counted) per epoch; validation has none.
+    may be bad (masked and counted) per epoch; validation has none. Evaluation needs neither this nor batch_size, scale,
+    ratio and seed, and an `augment` that normalizes only.
     """
 
     def __init__(
@@ -43,16 +57,16 @@ class ImageNetData(DataModule):
         cache: str | Path,
         workers: int | str,
         prefetch: int,
-        skip_budget: float,
         loader: str,
-        batch_size: int,
         eval_batch_size: int,
         image_size: int,
         crop_fraction: float,
-        scale: Sequence[float],
-        ratio: Sequence[float],
-        augment: Augment,
-        seed: int,
+        augment: Normalize,
+        skip_budget: float | None = None,
+        batch_size: int | None = None,
+        scale: Sequence[float] | None = None,
+        ratio: Sequence[float] | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if image_size < 32:
@@ -61,7 +75,7 @@ class ImageNetData(DataModule):
             raise UserError(f"data.crop_fraction={crop_fraction} is not in (0, 1]")
         if loader not in ("auto", "dali", "torch"):
             raise UserError(f"loader={loader} is not one of auto, dali, torch")
-        if seed < 0:
+        if seed is not None and seed < 0:
             raise UserError(f"seed={seed}: not negative")
         self.augment = augment
         self._copies: torch.cuda.Stream | None = None
@@ -78,13 +92,16 @@ class ImageNetData(DataModule):
         self._loader_name = loader
         self._workers = workers
         self._prefetch = prefetch
-        self._skip_budget = skip_budget
-        self._batch_size = batch_size
+        training = (skip_budget, batch_size, scale, ratio, seed)
+        self._train_options = None if None in training else _Training(augment, *training)  # type: ignore[arg-type]
         self._eval_batch_size = eval_batch_size
         self._image_size = image_size
         self._crop_fraction = crop_fraction
-        self._crop = {"scale": scale, "ratio": ratio}
-        self._seed = seed
+
+    @property
+    def _training(self) -> _Training:
+        assert self._train_options is not None, "a config of evaluate.py has no values for training"
+        return self._train_options
 
     # -- what the data set is --------------------------------------------------------------------------------------
 
@@ -118,9 +135,10 @@ class ImageNetData(DataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of a training epoch: whole global batches only."""
         images = len(self.index("train"))
-        if images < self._batch_size:
-            raise UserError(f"batch_size={self._batch_size} is larger than the {images} training images")
-        return images // self._batch_size
+        batch_size = self._training.batch_size
+        if images < batch_size:
+            raise UserError(f"batch_size={batch_size} is larger than the {images} training images")
+        return images // batch_size
 
     def preview(self, samples: int, epochs: int) -> Iterator[Tensor]:
         """Normalized [samples, 3, S, S] of the first training samples: as in evaluation, then as in each epoch."""
@@ -130,10 +148,11 @@ class ImageNetData(DataModule):
         yield self.augment.evaluate(torch.cat([plain[(0, i)][0].images for i in images]))
         seen = PlannedBatches(self._train_plan(index, one), self._image_size, keep_going=False)
         for epoch in range(epochs):
-            positions = np.argsort(epoch_order(self._seed, epoch, len(index)))
+            positions = np.argsort(epoch_order(self._training.seed, epoch, len(index)))
             batches = [seen[(epoch, int(positions[i]))][0] for i in images]
             pixels, draws = torch.cat([b.images for b in batches]), torch.cat([b.uniforms for b in batches])
-            yield self.augment.train(pixels, draws, torch.Generator().manual_seed(step_seed(self._seed, epoch)))
+            noise = torch.Generator().manual_seed(step_seed(self._training.seed, epoch))
+            yield self._training.augment.train(pixels, draws, noise)
 
     def state_dict(self) -> dict[str, Any]:
         return {split: index.fingerprint for split, index in self._indexes.items()}
@@ -152,13 +171,13 @@ class ImageNetData(DataModule):
         index, trainer = self.index("train"), self._trainer
         partition = Partition(
             samples=len(index.samples),
-            rows=self._batch_size // (trainer.world_size * trainer.accumulate_grad_batches),
+            rows=self._training.batch_size // (trainer.world_size * trainer.accumulate_grad_batches),
             rank=trainer.global_rank,
             ranks=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
         )
         plan = self._train_plan(index, partition)
-        return self._loader(plan, self._train_position, skip_bad=int(self._skip_budget * len(index.samples)))
+        return self._loader(plan, self._train_position, skip_bad=int(self._training.skip_budget * len(index.samples)))
 
     def val_dataloader(self) -> TorchLoader | DaliLoader:
         index, trainer = self.index("val"), self._trainer
@@ -173,7 +192,15 @@ class ImageNetData(DataModule):
         return self._loader(plan, lambda: (0, 0), skip_bad=0)
 
     def _train_plan(self, index: Index, partition: Partition) -> TrainPlan:
-        return TrainPlan(index, partition, seed=self._seed, image_size=self._image_size, **self._crop)
+        training = self._training
+        return TrainPlan(
+            index,
+            partition,
+            seed=training.seed,
+            image_size=self._image_size,
+            scale=training.scale,
+            ratio=training.ratio,
+        )
 
     def _evaluation_plan(self, index: Index, partition: Partition) -> EvaluationPlan:
         return EvaluationPlan(index, partition, image_size=self._image_size, crop_fraction=self._crop_fraction)
@@ -234,6 +261,6 @@ class ImageNetData(DataModule):
         if not self._trainer.training:
             return batch._replace(images=self.augment.evaluate(batch.images))
         epoch, step = self._trainer.current_epoch, self._trainer.fit_loop.batch_idx + 1
-        seed = step_seed(self._seed, epoch, step, self._trainer.global_rank, _NOISE)
+        seed = step_seed(self._training.seed, epoch, step, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
-        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise))
+        return batch._replace(images=self._training.augment.train(batch.images, batch.uniforms, noise))

@@ -40,12 +40,12 @@ class ExportedModel(nn.Module):
     """An exported file as a network: images of what the file takes, float32 [N, num_classes] out.
 
     batch: how many images a call of the file takes, None for any; a last batch is filled up and cut off again.
-    facts: what the file says of itself. Nothing in it can be trained.
+    metadata: what the file says of itself. Nothing in it can be trained.
     """
 
     def __init__(self, call: Call, batch: int | None = None, facts: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self._call, self._batch, self.facts = call, batch, facts or {}
+        self._call, self._batch, self.metadata = call, batch, facts or {}
 
     def forward(self, images: Tensor) -> Tensor:
         chunks = images.cpu().split(self._batch) if self._batch else (images.cpu(),)
@@ -116,7 +116,7 @@ def open_exported(path: str | Path, image_size: int, precision: str = "float32")
         raise UserError(f"{path}: no such file")
     opener = open_onnx if path.suffix == ".onnx" else open_executorch
     try:
-        found = opener(path).facts
+        found = opener(path).metadata
     except UserError:
         raise
     except Exception as error:  # the runtimes' own exceptions have no common class
@@ -131,5 +131,5 @@ def open_exported(path: str | Path, image_size: int, precision: str = "float32")
     if facts["image_size"] != image_size:
         raise UserError(f"{path}: takes images of {facts['image_size']} pixels: image_size={facts['image_size']}")
     model = opener(path, facts["batch"] or None)
-    model.facts = facts
+    model.metadata = facts
     return model

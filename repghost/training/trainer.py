@@ -54,13 +54,13 @@ def make_trainer(
     devices: int | str,
     num_nodes: int,
     precision: str,
-    epochs: int,
-    batch_size: int,
-    accumulate: int,
     deterministic: bool,
     threads: int | None,
     timeout_minutes: float,
     directory: Path,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     plugins: Sequence[CheckpointIO] = (),
     logger: Logger | None = None,
@@ -72,7 +72,7 @@ def make_trainer(
     process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
     has it, fp16 on an older one, float32 on a CPU). batch_size: global, cut into `devices * num_nodes * accumulate`
     equal parts. threads: of PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits
-    for the others before it gives up. `options` are the Trainer's.
+    for the others before it gives up. Evaluation has no epochs and batch_size. `options` are the Trainer's.
     """
     if accelerator not in ACCELERATORS:
         raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
@@ -98,11 +98,11 @@ def make_trainer(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    if accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate):
+    if batch_size is not None and (accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate)):
         raise UserError(
             f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
         )
-    if epochs < 1:
+    if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     return pl.Trainer(
         accelerator=accelerator,
