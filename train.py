@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from repghost.evaluation import evaluate_run
 from repghost.launch import command
-from repghost.reference import official_curve
+from repghost.reference import reference_curve
 from repghost.run import is_finished, open_run, write_class_names
 from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
 from repghost.training.loggers import RunFiles, SpeedBar, make_logger
@@ -57,11 +57,11 @@ def main(config: DictConfig) -> None:
             keep_compiled(Path(config.data.cache) / "compiled")
             data.augment.compile()
         classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
-        files.official = official_curve(config.width, config.epochs, data.counts)
+        files.official = reference_curve(config.width, config.epochs, data.counts)
         paper = Path(__file__).parent / "conf/recipe/paper.yaml"
         describe(config, paper, trainer, data, model, files.official is not None)
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
-        evaluate_run(directory, trainer, data, Path(config.results))
+        evaluate_run(directory, config, trainer, data)
 
 
 if __name__ == "__main__":

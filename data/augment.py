@@ -81,7 +81,30 @@ class Erase:
         return torch.stack([top, left, h, w], dim=1).long() * erased.unsqueeze(1)
 
 
-class Augment:
+class Normalize:
+    """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W]; mean, std: of each channel, of pixels in [0, 1]."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = tuple(255.0 * value for value in mean)
+        self.std = tuple(255.0 * value for value in std)
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
+        mean, std = self._constants(images)
+        if not _prefers_groups(images):
+            return normalize(images, mean, std)
+        result = torch.empty_like(images, dtype=torch.float32)
+        for rows in _pieces(images):
+            normalize(images[rows], mean, std, result[rows])
+        return result
+
+    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
+        like = images.new_empty(0, dtype=torch.float32)
+        return channels(self.mean, like), channels(self.std, like)
+
+
+class Augment(Normalize):
     """uint8 [N, 3, H, W] to normalized float32 [N, 3, H, W], for training and for evaluation.
 
     flip: probability of a horizontal flip; jitter, rand_augment, erase: the values of `Jitter`, `RandAugment` and
@@ -98,12 +121,11 @@ class Augment:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        super().__init__(mean, std)
         self.flip = flip
         self.jitter = _options(Jitter, "jitter", jitter)
         self.rand_augment = _options(RandAugment, "rand_augment", rand_augment)
         self.erase = _options(Erase, "erase", erase)
-        self.mean = tuple(255.0 * value for value in mean)
-        self.std = tuple(255.0 * value for value in std)
 
     def train(
         self,
@@ -132,16 +154,6 @@ class Augment:
         self._train_mixed = torch.compile(  # type: ignore[method-assign]
             self._train_mixed, fullgraph=True, dynamic=False, options=_AS_EAGER
         )
-
-    def evaluate(self, images: Tensor) -> Tensor:
-        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
-        mean, std = self._constants(images)
-        if not _prefers_groups(images):
-            return normalize(images, mean, std)
-        result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            normalize(images[rows], mean, std, result[rows])
-        return result
 
     def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
         flipped, colour, boxes = self._draw(images, uniforms)
@@ -172,11 +184,6 @@ class Augment:
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, grouped)
         return pixels if colour is None else jitter(pixels, *colour, grouped)
-
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
-        like = images.new_empty(0, dtype=torch.float32)
-        return channels(self.mean, like), channels(self.std, like)
 
 
 def _prefers_groups(images: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.augment import Augment
+from data.augment import Augment, Normalize
 from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
@@ -36,12 +36,11 @@ _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageNetData(DataModule):
-    """Training and validation images of a shard folder; the fields are the keys of conf/data/imagenet.yaml.
+    """Validation images of a shard folder; the fields are the keys of conf/data/imagenet.yaml.
 
-    root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. batch_size: global.
-    workers: decoding processes or threads per rank, or `auto` for the rank's share of the cores. skip_budget: share of
-    the training images that may be bad (masked and counted) per epoch; validation has none. `setup` has to be called
-    first, as Lightning does.
+    root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. workers: decoding
+    processes or threads per rank, or `auto` for the rank's share of the cores. `setup` has to be called first, as
+    Lightning does.
     """
 
     root: str | Path
@@ -51,16 +50,11 @@ class ImageNetData(DataModule):
     cache: str | Path
     workers: int | str
     prefetch: int
-    skip_budget: float
     loader: str
-    batch_size: int
     eval_batch_size: int
     image_size: int
     crop_fraction: float
-    scale: Sequence[float]
-    ratio: Sequence[float]
-    augment: Augment
-    seed: int
+    augment: Normalize
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -70,15 +64,12 @@ class ImageNetData(DataModule):
             raise UserError(f"data.crop_fraction={self.crop_fraction} is not in (0, 1]")
         if self.loader not in ("auto", "dali", "torch"):
             raise UserError(f"loader={self.loader} is not one of auto, dali, torch")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: not negative")
         if is_remote(self.root) and (self.train or self.val):
             raise UserError(
                 f"data.root={self.root}: shards named by data.train or data.val cannot be read from a URL: "
                 "copy them to a local folder"
             )
         self._indexes: dict[str, Index] = {}
-        self._batch = 0  # number in its epoch of the batch that is on its way to the device
         self._copies: torch.cuda.Stream | None = None
 
     # -- what the data set is --------------------------------------------------------------------------------------
@@ -98,6 +89,86 @@ class ImageNetData(DataModule):
     def index(self, split: str) -> Index:
         """The index of a split that was loaded."""
         return self._indexes[split]
+
+    # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> TorchLoader | DaliLoader:
+        return self._loader(self._center_crops("val", self._sampler("val", self.eval_batch_size)))
+
+    def _sampler(self, split: str, batch_size: int) -> RankSampler:
+        training = split == "train"
+        return RankSampler(
+            len(self.index(split)),
+            batch_size,
+            rank=self._trainer.global_rank,
+            ranks=self._trainer.world_size,
+            accumulate=self._accumulate if training else 1,
+            drop_last=training,
+        )
+
+    def _center_crops(self, split: str, sampler: RankSampler) -> CenterCrops:
+        return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
+
+    def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
+        workers = cpus_per_rank() if self.workers == "auto" else int(self.workers)
+        if self.loader == "auto":
+            # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
+            self.loader = "dali" if dali_installed() and workers > 0 else "torch"
+            print_rank_zero(f"loader     {self.loader}")
+        device = self._trainer.strategy.root_device
+        pin_memory = device.type == "cuda"
+        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pin_memory, **options)
+        return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
+
+    @property
+    def _accumulate(self) -> int:
+        return self._trainer.accumulate_grad_batches
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.trainer is not None, "the data module is used through a Trainer"
+        return self.trainer
+
+    # -- on the training device ------------------------------------------------------------------------------------
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on `device`; to a GPU beside what that is computing, which is the step before."""
+        if device.type != "cuda" or batch.images.is_cuda:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self._copies = self._copies or torch.cuda.Stream(device)
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._copies):
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        computing.wait_stream(self._copies)
+        for tensor in moved:
+            tensor.record_stream(computing)  # its memory was allocated for the other stream
+        return moved
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
+        return batch._replace(images=self.augment.evaluate(batch.images))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ImageNetTraining(ImageNetData):
+    """Training images, too; the further fields are the keys of `data` in conf/train.yaml.
+
+    batch_size: global. skip_budget: share of the training images that may be bad (masked and counted) per epoch;
+    validation has none. scale, ratio: of the area and aspect of random crops.
+    """
+
+    augment: Augment
+    skip_budget: float
+    batch_size: int
+    scale: Sequence[float]
+    ratio: Sequence[float]
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: not negative")
+        self._batch = 0  # number in its epoch of the batch that is on its way to the device
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -128,82 +199,28 @@ class ImageNetData(DataModule):
                     "give back the old data.root, or a new name="
                 )
 
-    # -- loaders ---------------------------------------------------------------------------------------------------
-
     def train_dataloader(self) -> TorchLoader | DaliLoader:
         sampler = self._sampler("train", self.batch_size // (self._trainer.world_size * self._accumulate))
         skip_bad = int(self.skip_budget * sampler.samples)
         return self._loader(self._random_crops(sampler), start=self._next_batch, skip_bad=skip_bad)
 
-    def val_dataloader(self) -> TorchLoader | DaliLoader:
-        return self._loader(self._center_crops("val", self._sampler("val", self.eval_batch_size)))
-
-    def _sampler(self, split: str, batch_size: int) -> RankSampler:
-        training = split == "train"
-        return RankSampler(
-            len(self.index(split)),
-            batch_size,
-            rank=self._trainer.global_rank,
-            ranks=self._trainer.world_size,
-            accumulate=self._accumulate if training else 1,
-            drop_last=training,
-        )
-
     def _random_crops(self, sampler: RankSampler) -> RandomCrops:
         return RandomCrops(self.index("train"), sampler, self.image_size, self.seed, self.scale, self.ratio)
-
-    def _center_crops(self, split: str, sampler: RankSampler) -> CenterCrops:
-        return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
-
-    def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
-        workers = cpus_per_rank() if self.workers == "auto" else int(self.workers)
-        if self.loader == "auto":
-            # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
-            self.loader = "dali" if dali_installed() and workers > 0 else "torch"
-            print_rank_zero(f"loader     {self.loader}")
-        device = self._trainer.strategy.root_device
-        pin_memory = device.type == "cuda"
-        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pin_memory, **options)
-        return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
 
     def _next_batch(self) -> tuple[int, int]:
         """(epoch, batch) that the trainer needs next, by the optimizer steps done, also right after a resume."""
         epoch, step = divmod(self._trainer.global_step, self.steps_per_epoch)
         return epoch, step * self._accumulate
 
-    @property
-    def _accumulate(self) -> int:
-        return self._trainer.accumulate_grad_batches
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.trainer is not None, "the data module is used through a Trainer"
-        return self.trainer
-
-    # -- on the training device ------------------------------------------------------------------------------------
-
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes which batch it is while that is known without waiting for the device."""
         self._batch = int(batch.positions[0]) // (self.batch_size // self._accumulate)
         return batch
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
-        """The batch on `device`; to a GPU beside what that is computing, which is the step before."""
-        if device.type != "cuda" or batch.images.is_cuda:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self._copies = self._copies or torch.cuda.Stream(device)
-        computing = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self._copies):
-            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        computing.wait_stream(self._copies)
-        for tensor in moved:
-            tensor.record_stream(computing)  # its memory was allocated for the other stream
-        return moved
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
         if not self._trainer.training:
-            return batch._replace(images=self.augment.evaluate(batch.images))
+            return super().on_after_batch_transfer(batch, dataloader_idx)
         seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
         return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise))

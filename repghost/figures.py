@@ -8,9 +8,9 @@ The curves are published: Top-1, parameters and multiply-accumulates of referenc
 and at 224 pixels; multiply-accumulates rounded as there. The latency is what benchmarks/latency.py measured, where
 latency.csv holds RepGhostNet fused and a peer beside it: of one machine, backend and number of threads, which the axis
 names. Without, it is timm's of one image in float32 on a CPU (i9-10940X), in training form: the paper's own latencies
-are of a phone that the others were not measured on. Stars are what results.csv holds. Families differ in marker and
-line, so the figure reads in grey.
-Check: `pytest tests/test_results.py -k figure`.
+are of a phone that the others were not measured on. Stars are what results.csv holds. RepGhostNet's points carry their
+widths; families differ in marker and line, so that the figure reads in grey. `draw_curve` draws a run's curve.png.
+Check: `pytest tests/test_results.py -k "figure or curve"`.
 """
 
 import argparse
@@ -18,17 +18,13 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import matplotlib
+from matplotlib.figure import Figure
 
-from repghost.reference import peers
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from repghost.errors import UserError
+from repghost.errors import UserError, run_command
 from repghost.files import atomic_write
+from repghost.reference import Row, peers, published
 from repghost.results import HEADER, paper_rows, read_results
 
 CURVE_PANELS = (
@@ -68,10 +64,10 @@ def read_latency(path: str | Path) -> list[dict[str, str]]:
 
 
 def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, float]] | None:
-    """The axis and the milliseconds of every network, RepGhostNet fused, in the setting that the figure is of.
+    """The axis and the milliseconds of every network, RepGhostNet fused, in one setting of machine and backend.
 
-    Of the settings with RepGhostNet and a peer: one image before more, then the newest, then a backend that folds
-    the peers' BatchNorm too, then the fewest threads. None where there is no such setting.
+    Of the settings with RepGhostNet and a peer it is that of the fewest images at once, then the newest, then that of
+    the most networks and the fewest threads. None where there is no such setting.
     """
     settings: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
@@ -79,15 +75,18 @@ def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, flo
         if row["form"] == form and row["image_size"] == "224":
             key = tuple(row[k] for k in ("machine", "device", "backend", "threads", "batch"))
             settings.setdefault(key, []).append(row)
-    of_both = {k: v for k, v in settings.items() if len({r["model"].startswith("repghostnet") for r in v}) == 2}
-    if not of_both:
+
+    def preference(found: list[dict[str, str]]) -> tuple[int, str, int, int]:
+        newest = max(row.get("date") or "" for row in found)
+        return -int(found[0]["batch"]), newest, len(found), -int(found[0]["threads"])
+
+    with_a_peer = [f for f in settings.values() if len({row["model"].startswith("repghostnet") for row in f}) == 2]
+    if not with_a_peer:
         return None
-
-    def preference(item: tuple[tuple[str, ...], list[dict[str, str]]]) -> tuple[Any, ...]:
-        (_, _, backend, threads, batch), found = item
-        return -int(batch), max(r.get("date") or "" for r in found), backend != "eager", -int(threads)
-
-    (machine, device, backend, threads, batch), chosen = max(of_both.items(), key=preference)
+    chosen = max(reversed(with_a_peer), key=preference)
+    machine, device, backend, threads, batch = (
+        chosen[0][k] for k in ("machine", "device", "backend", "threads", "batch")
+    )
     images = "one image" if batch == "1" else f"{batch} images"
     with_threads = f", {threads} thread{'s' * (threads != '1')}" if device == "cpu" else ""
     label = f"latency, {images}, {backend}{with_threads} (ms)\n{machine}"
@@ -101,49 +100,76 @@ def draw_accuracy(
 
     latency: rows of latency.csv; none for timm's published latency.
     """
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.5), sharey=True, layout="constrained")
-    networks = peers()
-    panels = dict(PANELS)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    networks, panels = peers(), dict(PANELS)
     if measured := measured_latency(latency):
         panels["step_ms"], milliseconds = measured
-        for row in networks:
-            row["step_ms"] = str(milliseconds.get(row["name"].partition(".")[0], ""))
+        networks = [row | {"step_ms": str(milliseconds.get(row["name"].partition(".")[0], ""))} for row in networks]
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
         for family, (marker, line, colour) in STYLES.items():
             of_family = [r for r in networks if r["family"] == family and r[column]]
             rows = sorted(of_family, key=lambda r: float(r["top1"]))
             x, y = [float(r[column]) for r in rows], [float(r["top1"]) for r in rows]
             axis.plot(x, y, marker=marker, linestyle=line or "none", color=colour, label=f"{family}, published")
-        mine = _measured(results, data, column, networks)
+        for width, point in _points(networks, column).items():
+            axis.annotate(f"{width}x", point, (5, -9), textcoords="offset points", fontsize="x-small")
+        mine = _measured(results, data, _points(networks, column))
         if mine:
             axis.plot(*zip(*mine, strict=True), "*", color="black", mfc="white", ms=15, label="RepGhostNet, measured")
-        axis.set(xlabel=label)
+        axis.set(xlabel=label, xmargin=0.1)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="ImageNet Top-1 (%)", xscale="log")
-    axes[0].legend(fontsize="small")
-    written = []
-    for suffix in ("png", "svg"):
-        written.append(folder / f"accuracy.{suffix}")
-        with atomic_write(written[-1]) as file:
-            figure.savefig(file, format=suffix, dpi=150)
-    plt.close(figure)
+    axes[0].legend(fontsize="small", loc="lower right")
+    written = [folder / f"accuracy.{suffix}" for suffix in ("png", "svg")]
+    for path in written:
+        with atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150)
     return written
 
 
+def _points(networks: Sequence[dict[str, str]], column: str) -> dict[float, tuple[float, float]]:
+    """Width to (x, published Top-1) of every RepGhostNet that has an x."""
+    ours = [row for row in networks if row["family"] == "RepGhostNet" and row[column]]
+    names = {row["timm_name"]: float(row["width"]) for row in published()}
+    return {names[row["name"]]: (float(row[column]), float(row["top1"])) for row in ours}
+
+
 def _measured(
-    results: Sequence[dict[str, str]], data: str, column: str, networks: Sequence[dict[str, str]]
+    results: Sequence[dict[str, str]], data: str, points: dict[float, tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """(x, Top-1) of every measurement in the paper's table, where `networks` has an x of that width."""
-    published = {row["name"].partition(".")[0]: row for row in networks}
-    points = []
+    """(x, Top-1) of every measurement in the paper's table, where `points` has an x of that width."""
+    found = []
     for row in paper_rows(results, data):
         cells = dict(zip(HEADER, row, strict=True))
         for top1 in (cells["last EMA Top-1"], cells["best EMA Top-1"]):
-            if top1 and top1 != "not measured":
-                name = f"repghostnet_{round(100 * float(cells['width'])):03d}"
-                if published[name][column]:
-                    points.append((float(published[name][column]), float(top1)))
-    return points
+            if top1 not in ("", "not measured") and float(cells["width"]) in points:
+                found.append((points[float(cells["width"])][0], float(top1)))
+    return found
+
+
+def draw_curve(history: Sequence[Row], official: dict[int, Row] | None, file: BinaryIO) -> None:
+    """Draws the rows of metrics.csv, and those of the official run where there is one, as PNG into `file`."""
+    figure = curve_figure(history, official)
+    figure.savefig(file, format="png", dpi=110)
+
+
+def curve_figure(history: Sequence[Row], official: dict[int, Row] | None) -> Figure:
+    """The panels of curve.png. An epoch whose loss explodes is cut off, so that the others stay readable."""
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    for axis, (label, lines) in zip(figure.subplots(1, len(CURVE_PANELS)), CURVE_PANELS, strict=True):
+        for (column, name), style in zip(lines.items(), ("-", "--", ":"), strict=False):
+            (line,) = axis.plot([r["epoch"] + 1 for r in history], [r[column] for r in history], style, label=name)
+            if official and column in OFFICIAL:
+                rows = [row for row in official.values() if column in row]
+                epochs, values = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
+                axis.plot(epochs, values, style, color=line.get_color(), alpha=0.35, label=f"{name}, official")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        if label == "loss":
+            axis.set_ylim(0, min(axis.get_ylim()[1], 2 * history[0]["train_loss"]))
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -154,31 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="imagenet", help="the data set's name in the results (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default: %(default)s)")
     options = parser.parse_args(arguments)
-    try:
-        rows, latency = read_results(options.results), read_latency(options.latency)
-        print(*draw_accuracy(rows, options.data, options.out, latency), sep="\n")
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def draw_curve(
-    history: Sequence[dict[str, float]], official: dict[int, dict[str, float]] | None, file: BinaryIO
-) -> None:
-    """Draws the rows of metrics.csv, and those of the official run where there is one, as PNG into `file`."""
-    figure, axes = plt.subplots(1, len(CURVE_PANELS), figsize=(15, 4), layout="constrained")
-    for axis, (label, lines) in zip(axes, CURVE_PANELS, strict=True):
-        for (column, name), style in zip(lines.items(), ("-", "--", ":"), strict=False):
-            (line,) = axis.plot([r["epoch"] + 1 for r in history], [r[column] for r in history], style, label=name)
-            if official and column in OFFICIAL:
-                rows = [row for row in official.values() if column in row]
-                epochs, values = [row["epoch"] + 1 for row in rows], [row[column] for row in rows]
-                axis.plot(epochs, values, style, color=line.get_color(), alpha=0.35, label=f"{name}, official")
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    rows, latency = read_results(options.results), read_latency(options.latency)
+    print(*draw_accuracy(rows, options.data, options.out, latency), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

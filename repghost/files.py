@@ -1,4 +1,4 @@
-"""The one way a file of a run is written: whole or not at all."""
+"""How files are written: whole or not at all, and tables as CSV. Check: `pytest tests/test_checkpoint.py`."""
 
 import csv
 import hashlib
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from repghost.errors import DISK_FULL, UserError, chain
 
@@ -63,6 +63,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -78,10 +79,13 @@ def read_class_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def rows_as_csv(rows: Sequence[Mapping[str, object]]) -> str:
-    """CSV text of rows that share their keys; floats in full, so that equal files mean equal runs."""
+def rows_as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """CSV text with a header of `columns`, by default the keys of the first row; a cell that a row lacks is empty.
+
+    Floats are written in full, so that equal files mean equal runs.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

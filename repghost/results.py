@@ -8,42 +8,40 @@ nothing is filled in. Check: `pytest tests/test_results.py`.
 
 import argparse
 import csv
-import io
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from repghost.errors import UserError
-from repghost.files import write_text
-from repghost.reference import published
+from repghost.errors import UserError, run_command
+from repghost.files import rows_as_csv, write_text
+from repghost.reference import IMAGENET, published
 
 COLUMNS = (
     "date", "commit", "name", "data", "width", "weights", "selection", "epoch", "images", "top1", "top5", "loss",
     "fused_top1", "fused_top5", "top1_flips", "max_rel_logit_diff", "params_m", "macs_m",
     "image_size", "crop_fraction", "precision",
 )  # fmt: skip
-_ADDED = ("image_size", "crop_fraction", "precision")  # empty in rows that older versions wrote
+_OPTIONAL = ("image_size", "crop_fraction", "precision")  # which older files lack
 
 # Points of Top-1 within which a measurement is the published figure: the same weights differ by a JPEG decoder and a
 # resize, a new training by its random draws.
 TOLERANCES = {"published weights": 0.03, "training": 0.3}
 AS_PUBLISHED = {"image_size": "224", "crop_fraction": "0.875", "precision": "32-true"}
-IMAGES = 50_000  # of ImageNet's validation set, which the published figures are of
+IMAGES = IMAGENET[1]  # that the published figures are of
 MARKERS = ("<!-- table -->", "<!-- /table -->")  # in a Markdown file, around the table
 
 
-def append_result(path: str | Path, name: str, data: str, evaluation: dict[str, Any]) -> None:
+def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[str, Any]) -> None:
     """Adds one finished evaluation (the content of evaluation.json) as a row of the CSV file `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     fused = evaluation["fused"]
     row = {
-        **{key: evaluation.get(key) for key in COLUMNS},
+        **evaluation,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "name": name,
@@ -53,13 +51,11 @@ def append_result(path: str | Path, name: str, data: str, evaluation: dict[str, 
         "top1_flips": fused["top1_flips"],
         "max_rel_logit_diff": fused["max_rel_logit_diff"],
     }
+    cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # sweep jobs may finish together
-        _add_columns(path)
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow({key: _rounded(value) for key, value in row.items()})
+        rows: list[Mapping[str, Any]] = [*read_results(path), cells]
+        write_text(path, rows_as_csv(rows))
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
@@ -68,20 +64,9 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(_ADDED) - set(reader.fieldnames or ()):
+        if missing := set(COLUMNS) - set(_OPTIONAL) - set(reader.fieldnames or ()):
             raise UserError(f"{path}: not a table of results, it has no column {min(missing)}")
-        return [{key: row.get(key) or "" for key in COLUMNS} for row in reader]
-
-
-def _add_columns(path: Path) -> None:
-    """Gives a file that an older version wrote the columns that were added since."""
-    if not path.exists() or not (text := path.read_text()) or text.partition("\n")[0].strip() == ",".join(COLUMNS):
-        return
-    rows, new = read_results(path), io.StringIO()
-    writer = csv.DictWriter(new, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, new.getvalue())
+        return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in reader]
 
 
 HEADER = (
@@ -98,32 +83,29 @@ def paper_rows(results: Sequence[dict[str, str]], data: str) -> list[list[str]]:
     """
     rows = []
     for paper in published():
-        mine = [
-            r for r in results if r["data"] == data and float(r["width"]) == float(paper["width"]) and _as_published(r)
-        ]
-        figures = [paper["width"], paper["params_m"], paper["flops_m"], _points(paper["eval_top1"])]
-        figures.append(_points(paper["eval_top5"]))
-        found = []
-        for kind in TOLERANCES:
-            of_kind = [row for row in mine if kind_of(row) == kind]
-            last = _newest(of_kind, ("last",))
-            best = _newest(of_kind, ("best_ema",) if kind == "training" else ("",))
-            if shown := best or last:
-                found.append([
-                    *figures, kind, *(_points(row["top1"]) if row else "not measured" for row in (last, best)),
-                    _points(shown["top5"]), _points(shown["fused_top1"]),
-                    f"{float(shown['top1']) - float(paper['eval_top1']):+.2f}", _within(shown, paper),
-                    shown["images"], shown["date"], shown["commit"],
-                ])  # fmt: skip
-                if kind == "published weights":
-                    found[-1][HEADER.index("last EMA Top-1")] = ""
-        rows += found or [[*figures, "not measured", *[""] * (len(HEADER) - len(figures) - 1)]]
+        figures = [paper["width"], paper["params_m"], paper["flops_m"]]
+        figures += [_points(paper["eval_top1"]), _points(paper["eval_top5"])]
+        mine = [r for r in results if r["data"] == data and float(r["width"]) == float(paper["width"])]
+        found = list(_measurements([r for r in mine if _as_published(r)], paper))
+        rows += [[*figures, *cells] for cells in found or [["not measured", *[""] * (len(HEADER) - 6)]]]
     return rows
 
 
-def paper_table(results: Sequence[dict[str, str]], data: str, format: str = "markdown") -> str:
-    """`paper_rows` as `markdown`, `csv` or `latex`."""
-    return FORMATS[format](HEADER, paper_rows(results, data))
+def _measurements(results: Sequence[dict[str, str]], paper: dict[str, str]) -> Iterator[list[str]]:
+    """For each kind of measurement of one width, the cells of HEADER from `measured` on."""
+    for kind in TOLERANCES:
+        newest = {row["selection"]: row for row in results if kind_of(row) == kind}
+        last, best = newest.get("last"), newest.get("best_ema" if kind == "training" else "")
+        if not (shown := best or last):
+            continue
+        top1 = [_points(row["top1"]) if row else "not measured" for row in (last, best)]
+        if kind == "published weights":  # which are of one epoch
+            top1[0] = ""
+        difference = float(shown["top1"]) - float(paper["eval_top1"])
+        yield [
+            kind, *top1, _points(shown["top5"]), _points(shown["fused_top1"]), f"{difference:+.2f}",
+            _within(shown, difference), shown["images"], shown["date"], shown["commit"],
+        ]  # fmt: skip
 
 
 def kind_of(row: dict[str, str]) -> str:
@@ -138,35 +120,25 @@ def _as_published(row: dict[str, str]) -> bool:
     return all(row[key] in ("", value) for key, value in AS_PUBLISHED.items())
 
 
-def _within(measured: dict[str, str], paper: dict[str, str]) -> str:
+def _within(measured: dict[str, str], difference: float) -> str:
     if int(measured["images"]) != IMAGES:
         return f"not of all {IMAGES:,} images"
     tolerance = TOLERANCES[kind_of(measured)]
-    # Half an image more: figures are shares of 50,000, kept with six digits.
-    inside = abs(float(measured["top1"]) - float(paper["eval_top1"])) <= tolerance + 0.001
+    inside = abs(difference) <= tolerance + 0.001  # accuracies are stored with six digits
     return f"{'yes' if inside else 'no'} ({tolerance:g})"
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(_markdown(cells) for cells in (header, ["---"] * len(header), *rows))
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().rstrip("\n")
+    """The same as CSV."""
+    return rows_as_csv([dict(zip(header, row, strict=True)) for row in rows]).rstrip()
 
 
-def as_latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A tabular with the rules of the booktabs package."""
-    lines = [" & ".join(cell.replace("_", r"\_") for cell in cells) + r" \\" for cells in (header, *rows)]
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{'r' * len(header)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule",
-         r"\end{tabular}"]
-    )  # fmt: skip
-
-
-FORMATS = {"markdown": as_markdown, "csv": as_csv, "latex": as_latex}
+FORMATS = {"markdown": as_markdown, "csv": as_csv}
 
 
 def write_between_markers(path: str | Path, table: str) -> bool:
@@ -182,30 +154,16 @@ def write_between_markers(path: str | Path, table: str) -> bool:
 
 def runs_table(results: Sequence[dict[str, str]]) -> str:
     """Markdown: the newest row of every run and selection."""
-    header = ["run", "width", "weights", "images", "Top-1", "Top-5", "fused Top-1", "flips"]
-    newest = {(row["name"], row["weights"], row["selection"]): row for row in results}
-    lines = [_markdown(header), _markdown(["---"] * len(header))]
-    for row in newest.values():
+    rows = []
+    for row in {(row["name"], row["weights"], row["selection"]): row for row in results}.values():
         weights = f"{row['weights']}, {row['selection']}" if row["selection"] else row["weights"]
-        accuracies = [f"{float(row[key]):.2f}" for key in ("top1", "top5", "fused_top1")]
-        lines.append(_markdown([row["name"], row["width"], weights, row["images"], *accuracies, row["top1_flips"]]))
-    return "\n".join(lines)
-
-
-def _newest(rows: Sequence[dict[str, str]], selections: Sequence[str]) -> dict[str, str] | None:
-    return next((row for row in reversed(rows) if row["selection"] in selections), None)
+        accuracies = [_points(row[key]) for key in ("top1", "top5", "fused_top1")]
+        rows.append([row["name"], row["width"], weights, row["images"], *accuracies, row["top1_flips"]])
+    return as_markdown(["run", "width", "weights", "images", "Top-1", "Top-5", "fused Top-1", "flips"], rows)
 
 
 def _points(value: str) -> str:
     return f"{float(value):.2f}"
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rounded(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _commit() -> str:
@@ -226,17 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table (default: %(default)s)")
     parser.add_argument("--readme", help=f"also write the table into this file, between {' and '.join(MARKERS)}")
     options = parser.parse_args(arguments)
-    try:
-        results = read_results(options.results)
-        print(paper_table(results, options.data, options.format))
-        others = [row for row in results if row["data"] != options.data]
-        if others and options.format == "markdown":
-            print(f"\nOther runs in {options.results}:\n\n{runs_table(others)}")
-        if options.readme and not write_between_markers(options.readme, paper_table(results, options.data)):
-            print(f"\n{options.readme} has no lines {' and '.join(MARKERS)}: nothing was written there")
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    results = read_results(options.results)
+    table = paper_rows(results, options.data)
+    print(FORMATS[options.format](HEADER, table))
+    others = [row for row in results if row["data"] != options.data]
+    if others and options.format == "markdown":
+        print(f"\nOther runs in {options.results}:\n\n{runs_table(others)}")
+    if options.readme and not write_between_markers(options.readme, as_markdown(HEADER, table)):
+        print(f"\n{options.readme} has no lines {' and '.join(MARKERS)}: nothing was written there")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,16 +1,19 @@
-"""The folder of a run: how it is named, opened again, described, and what evaluating it leaves there."""
+"""The folder of a run: its name, config.yaml, whether a command may resume it, class names, the network in it.
+
+Reading a folder needs OmegaConf only, neither Hydra nor Lightning.
+Check: `pytest tests/test_train.py tests/test_resume.py tests/test_config.py`.
+"""
 
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repghost.errors import UserError
 from repghost.files import read_class_names, write_text
@@ -18,19 +21,19 @@ from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
 from repghost.weights import model_from_state, read_checkpoint
 
-_FILE = "classes.txt"
+CLASSES_FILE = "classes.txt"
 
-# Overrides that change where and how fast a run happens, but not which run it is.
-_NOT_PART_OF_THE_NAME = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
-                         "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
+# Keys that say where and how fast a run happens: no part of its name, and free to change when it is resumed.
+WHERE_AND_HOW_FAST = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
+                      "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
+# Besides: images are compared by their fingerprint, a step may be cut into other parts, and the classifier's arguments
+# are the recipe's values under other names.
+_MAY_CHANGE = (*WHERE_AND_HOW_FAST, "data.root", "accumulate", "classifier")
+COLOUR = ("recipe.augment.jitter", "recipe.augment.rand_augment")  # one of them is null: see resolve_recipe
+# Part of the name by their values alone.
 _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
-
-# Keys that may change between the start of a run and its resumption: where and how fast, not what.
-_MAY_CHANGE = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile", "accumulate",
-               "data.workers", "data.prefetch", "data.cache", "data.root", "data.eval_batch_size",
-               "classifier")  # fmt: skip  # which repeats the values of other keys
 
 
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
@@ -43,22 +46,41 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     resolve_recipe(config)
     config.name = config.name or run_name(config)
     directory = folder_of(config)
+    # Reported last where they differ: the user set the keys that they come from.
+    derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
     require_values(config)
     written = directory / "config.yaml"
     begun = is_finished(directory) or any((directory / "checkpoints").glob("*.ckpt"))
     if begun and written.exists():
-        before, now = flat(read_config(directory)), flat(config)
-        # Those keys last whose values come from others, which are what the user knows.
-        for key in sorted(before.keys() | now.keys(), key=lambda key: (key.startswith(("classifier.", "data.")), key)):
-            if before.get(key) != now.get(key) and not _starts_with(key, _MAY_CHANGE):
-                raise UserError(
-                    f"{directory} was begun with {key}={before.get(key)}, this command says {now.get(key)}: "
-                    "go on with the old value, or give the new run a name=..."
-                )
-    elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        write_text(written, OmegaConf.to_yaml(config))
+        _require_same_run(directory, config, (*derived, *COLOUR))
+    else:
+        _write_on_rank_zero(written, OmegaConf.to_yaml(config))
     return directory, config
+
+
+def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, ...]) -> None:
+    before, now = (OmegaConf.to_container(c, resolve=True) for c in (read_config(directory), config))
+    found = [d for d in _differences(before, now) if not _starts_with(d[0], _MAY_CHANGE)]
+    if found:
+        key, old, new = min(found, key=lambda difference: (_starts_with(difference[0], derived), difference[0]))
+        raise UserError(
+            f"{directory} was begun with {key}={old}, this command says {new}: "
+            "go on with the old value, or give the new run a name=..."
+        )
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever two configs disagree.
+
+    Keys that only one of them has are those of another version of this project, and so are the names of its classes.
+    """
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        if before != now:
+            yield prefix.rstrip("."), before, now
+        return
+    for key in before.keys() & now.keys() - {"_target_"}:
+        yield from _differences(before[key], now[key], f"{prefix}{key}.")
 
 
 def read_config(directory: Path) -> DictConfig:
@@ -75,21 +97,31 @@ def read_config(directory: Path) -> DictConfig:
 
 
 def resolved_for_evaluation(config: DictConfig) -> DictConfig:
-    """The config of evaluate.py; with run=, its data and image size are the run's where the command names no others."""
-    from hydra.core.hydra_config import HydraConfig  # predict and export do not need Hydra
+    """The config of evaluate.py; with run=, what the command does not name is the run's.
 
-    overrides = HydraConfig.get().overrides.task
+    That is its data, image size, loader and normalization; with another data=, its image size and normalization.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if (config.run is None) == (config.weights is None):
+        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
     if config.run is not None:
-        trained = read_config(Path(config.run))
-        named = [o.lstrip("+~").partition("=")[0] for o in overrides]
-        if "image_size" not in named:
-            config.image_size = trained.image_size
+        named = {_key_of(override) for override in HydraConfig.get().overrides.task}
+        taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:
-            mine = {k.removeprefix("data."): OmegaConf.select(config, k) for k in named if k.startswith("data.")}
-            config.data = OmegaConf.merge(trained.data, mine, {"image_size": config.image_size})
+            read = [key for key in config.data if not key.startswith("_") and key != "augment"]
+            taken.append(("data.", [key for key in read if not OmegaConf.is_interpolation(config.data, key)]))
+        trained = read_config(Path(config.run))
+        for key in (prefix + name for prefix, names in taken for name in names):
+            if key not in named and OmegaConf.select(trained, key) is not None:
+                OmegaConf.update(config, key, OmegaConf.select(trained, key), merge=False)
     OmegaConf.resolve(config)
     require_values(config)
     return config
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def require_values(config: DictConfig) -> None:
@@ -113,15 +145,14 @@ def is_finished(directory: Path) -> bool:
 
 
 def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
-    """The averaged model of a run's last or best epoch, and the number of that epoch, counted from 0."""
+    """The averaged network of a run's last or best epoch, and the number of that epoch, counted from 0."""
     if selection not in SELECTIONS:
         raise UserError(f"selection={selection} is not one of {', '.join(SELECTIONS)}")
     path = directory / "checkpoints" / SELECTIONS[selection]
     content = read_checkpoint(path)
-    if "ema" not in content or "history" not in content:
+    if not content.keys() >= {"ema", "history", "run"}:
         raise UserError(f"{path}: not a checkpoint of train.py")
-    width = read_config(directory).width
-    return model_from_state(content["ema"], str(path), width), int(content["history"][-1]["epoch"])
+    return model_from_state(content["ema"], str(path), content["run"]["width"]), int(content["history"][-1]["epoch"])
 
 
 def data_name(config: Any) -> str:
@@ -136,9 +167,9 @@ def _starts_with(key: str, prefixes: tuple[str, ...]) -> bool:
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of a nested config; an empty mapping keeps its key."""
-    if not OmegaConf.is_dict(config) or not config:
+    if not isinstance(config, Mapping) or not config:
         return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items_ex(resolve=True) for k, v in flat(value, f"{prefix}{key}.").items()}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
 def folder_of(config: DictConfig) -> Path:
@@ -166,27 +197,31 @@ def run_name(config: DictConfig) -> str:
     width = f"{config.width:g}" if isinstance(config.width, int | float) else config.width
     parts = [Path(root.rstrip("/")).name, str(config.recipe.name), f"w{width}", f"s{config.seed}"]
     for override in sorted(hydra_config.overrides.task):
-        key, _, value = override.lstrip("+~").partition("=")
-        inside = any(key == k or key.startswith(f"{k}.") for k in _NOT_PART_OF_THE_NAME)
-        if key not in _NAMED_ALREADY and not inside:
-            parts.append(f"{key}_{value}")
+        key = _key_of(override)
+        if key not in _NAMED_ALREADY and not _starts_with(key, WHERE_AND_HOW_FAST):
+            parts.append(f"{key}_{override.partition('=')[2]}")
     # Nothing that a shell or Hydra's command line would take apart.
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_") for part in parts)
 
 
-@rank_zero_only
 def write_class_names(directory: Path, names: Sequence[str]) -> None:
-    """Writes the class names of the run in `directory`."""
-    write_text(directory / _FILE, "".join(f"{name}\n" for name in names))
+    """Writes the class names of the run in `directory`, on the first rank only."""
+    _write_on_rank_zero(directory / CLASSES_FILE, "".join(f"{name}\n" for name in names))
+
+
+def _write_on_rank_zero(path: Path, text: str) -> None:
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only  # which reading a run does not need
+
+    rank_zero_only(write_text)(path, text)
 
 
 def class_names_of(directory: Path) -> list[str] | None:
     """The class names of the run in `directory`; None, and a line on stderr, when it has none."""
-    if not (directory / _FILE).exists():
-        print(f"{directory / _FILE}: missing, showing numbers (class_names=FILE names them)", file=sys.stderr)
+    if not (directory / CLASSES_FILE).exists():
+        print(f"{directory / CLASSES_FILE}: missing, showing numbers (class_names=FILE names them)", file=sys.stderr)
         return None
     of_imagenet = dict(zip(synsets(), class_words(), strict=True))
-    return [of_imagenet.get(name, name) for name in read_class_names(directory / _FILE)]
+    return [of_imagenet.get(name, name) for name in read_class_names(directory / CLASSES_FILE)]
 
 
 def resolve_recipe(config: DictConfig) -> None:

@@ -23,7 +23,7 @@ from repghost.reference import PUBLISHED, synsets
 
 
 @dataclass(frozen=True)
-class ScoredLabels:
+class LabelMap:
     """What of the logits and labels counts.
 
     columns: int64 [classes of the data set], the outputs that belong to its classes; None for all, as they are.
@@ -33,8 +33,8 @@ class ScoredLabels:
     columns: Tensor | None = None
     accepted: Tensor | None = None
 
-    def to(self, device: torch.device) -> "ScoredLabels":
-        return ScoredLabels(*(t if t is None else t.to(device) for t in (self.columns, self.accepted)))
+    def to(self, device: torch.device) -> "LabelMap":
+        return LabelMap(*(t if t is None else t.to(device) for t in (self.columns, self.accepted)))
 
     def images(self, images: int) -> int:
         """How many of the data set's images count."""
@@ -59,7 +59,7 @@ class ScoredLabels:
         return torch.stack([loss, hits[:, 0].sum(), hits.any(1).sum(), counted.sum()])
 
 
-def scored_labels(name: str | None, real_labels: str | Path | None, index: SplitIndex, outputs: int) -> ScoredLabels:
+def label_map(name: str | None, real_labels: str | Path | None, index: SplitIndex, outputs: int) -> LabelMap:
     """The test set `name` (a key of PUBLISHED, None for an ordinary data set) with the classes and images of `index`.
 
     outputs: of the network. Raises UserError when they do not fit.
@@ -70,15 +70,15 @@ def scored_labels(name: str | None, real_labels: str | Path | None, index: Split
         if outputs != len(index.classes):
             raise UserError(f"the weights have {outputs} classes, the data {len(index.classes)}")
         if name is None:
-            return ScoredLabels()
+            return LabelMap()
         if real_labels is None:
             raise UserError("real_labels is missing: give the path of ReaL's real.json, real_labels=FILE")
-        return ScoredLabels(accepted=_accepted(Path(real_labels), index, outputs))
+        return LabelMap(accepted=_accepted(Path(real_labels), index, outputs))
     if outputs != len(synsets()):
         raise UserError(
             f"{name} is for networks with the {len(synsets())} classes of ImageNet, the weights have {outputs}"
         )
-    return ScoredLabels(columns=torch.tensor(class_columns(index.classes)))
+    return LabelMap(columns=torch.tensor(class_columns(index.classes)))
 
 
 def class_columns(classes: Sequence[str]) -> list[int]:

@@ -324,6 +324,6 @@ def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: py
 
 
 def test_timms_names() -> None:
-    assert [timm_name(width) for width in (0.5, 0.58, 2.0)] == [f"repghostnet_{n}" for n in ("050", "058", "200")]
+    assert [timm_name(width) for width in (0.5, 0.58, 2.0)] == [f"repghostnet_{n}.in1k" for n in ("050", "058", "200")]
     with pytest.raises(UserError, match=r"width=0\.1"):
         timm_name(0.1)

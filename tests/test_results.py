@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from repghost import figures
-from repghost.results import COLUMNS, HEADER, MARKERS, append_result, main, paper_rows, paper_table, read_results
+from repghost.errors import run_command
+from repghost.model import WIDTHS
+from repghost.results import COLUMNS, FORMATS, HEADER, MARKERS, append_result, main, paper_rows, read_results
 
 Program = Callable[..., int]
 
@@ -66,11 +68,10 @@ def test_formats_hold_the_same_cells(tmp_path: Path) -> None:
     append_result(tmp_path / "r.csv", "x", "imagenet", evaluation(74.0))
     results = read_results(tmp_path / "r.csv")
     expected = [list(HEADER), *paper_rows(results, "imagenet")]
-    assert list(csv.reader(paper_table(results, "imagenet", "csv").splitlines())) == expected
-    markdown = [line for line in paper_table(results, "imagenet").splitlines() if "---" not in line]
+    made = {name: write(HEADER, expected[1:]).splitlines() for name, write in FORMATS.items()}
+    assert list(csv.reader(made["csv"])) == expected
+    markdown = [line for line in made["markdown"] if "---" not in line]
     assert [[c.strip() for c in line[2:-2].split(" | ")] for line in markdown] == expected
-    latex = [line for line in paper_table(results, "imagenet", "latex").splitlines() if line.endswith(r"\\")]
-    assert [[c.strip() for c in line[:-3].split(" & ")] for line in latex] == expected
 
 
 def test_the_table_goes_between_the_markers(
@@ -88,8 +89,9 @@ def test_the_table_goes_between_the_markers(
     main(["--readme", str(readme)])
     assert readme.read_text() == "no markers\n" and "nothing was written" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit, match=r"other\.csv: not a table of results"):
-        main(["--results", "other.csv"])
+    assert run_command(lambda: main(["--results", "other.csv"])) == 2
+    error = capsys.readouterr().err
+    assert "other.csv: not a table of results" in error and len(error.splitlines()) == 1
 
 
 def test_rows_of_older_versions_are_kept(tmp_path: Path) -> None:
@@ -103,15 +105,37 @@ def test_rows_of_older_versions_are_kept(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[0] == ",".join(COLUMNS)
 
 
+def test_a_row_begins_a_line_of_its_own_and_leaves_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append_result(path, "one", "imagenet", evaluation(74.0))
+    with open(path, newline="") as file:
+        header, row = file.read().split()
+    path.write_text(f"{header},note\n{row},by hand")  # as an editor may leave it
+    append_result(path, "two", "imagenet", evaluation(75.0))
+    with open(path, newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["name"], first["note"], second["name"], second["note"]) == ("one", "by hand", "two", "")
+    assert float(second["top1"]) == 75
+
+
 def test_the_figure_shows_the_published_networks_and_the_measured_ones(tmp_path: Path) -> None:
     append_result(tmp_path / "r.csv", "x", "imagenet", evaluation(73.3))
     written = figures.draw_accuracy(read_results(tmp_path / "r.csv"), "imagenet", tmp_path)
     assert [path.suffix for path in written] == [".png", ".svg"]
     assert written[0].read_bytes().startswith(b"\x89PNG")
     drawn = written[1].read_text()
-    for family in (*figures.STYLES, "RepGhostNet, measured"):
-        assert f"<!-- {family}" in drawn
+    for text in (*figures.STYLES, "RepGhostNet, measured", *(f"{width}x" for width in WIDTHS)):
+        assert f"<!-- {text}" in drawn
     figures.draw_accuracy([], "imagenet", tmp_path)
     assert "RepGhostNet, measured" not in written[1].read_text()
     ours = {round(float(r["top1"]), 2) for r in figures.peers() if r["family"] == "RepGhostNet"}
     assert len(ours) == 8 and {r["family"] for r in figures.peers()} == set(figures.STYLES)
+
+
+def test_an_epoch_that_explodes_leaves_the_curve_readable() -> None:
+    losses = ("train_loss", "val_loss", "ema_loss")
+    history = [dict.fromkeys(("val_top1", "ema_top1", "lr", *losses), 2.0) | {"epoch": float(e)} for e in range(9)]
+    quiet = figures.curve_figure(history, None).axes[1].get_ylim()
+    history[4]["val_loss"] = 4e4
+    low, high = figures.curve_figure(history, None).axes[1].get_ylim()
+    assert low == quiet[0] == 0 and quiet[1] <= high <= 2 * quiet[1]

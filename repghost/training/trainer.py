@@ -52,7 +52,7 @@ def make_trainer(
     threads: int | None,
     timeout_minutes: float,
     directory: Path,
-    epochs: int = 1,
+    epochs: int | None = None,
     batch_size: int | None = None,
     accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
@@ -77,7 +77,7 @@ def make_trainer(
         raise UserError(
             f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
         )
-    if epochs < 1:
+    if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     _set_up_process(accelerator, threads)
     return pl.Trainer(
