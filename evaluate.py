@@ -16,6 +16,7 @@ from repghost.errors import UserError, print_rank_zero
 from repghost.evaluation import evaluate_exported, evaluate_model, evaluate_selection, summary, table, write_evaluation
 from repghost.export.runtimes import is_exported, open_exported
 from repghost.launch import command
+from repghost.ranks import run_on_devices
 from repghost.reference import published_accuracy
 from repghost.results import append_result
 from repghost.run import data_name, resolved_for_evaluation
@@ -24,10 +25,14 @@ from repghost.weights import load_model
 
 
 @command("evaluate")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> int:
     if (config.run is None) == (config.weights is None):
         raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
-    config = resolved_for_evaluation(config)
+    return run_on_devices(evaluate, resolved_for_evaluation(config))
+
+
+def evaluate(config: DictConfig) -> None:
+    """Evaluates what `config` names, as one of its ranks."""
     exported = (
         open_exported(config.weights, config.image_size, config.precision) if is_exported(config.weights) else None
     )

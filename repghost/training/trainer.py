@@ -9,19 +9,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -29,6 +23,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._triton import has_triton
 
 from repghost.errors import UserError
+from repghost.ranks import choose_devices, environment
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # The variables that name a compiler, and what is looked for without them: C for Triton, C++ for CPUs.
@@ -44,7 +39,6 @@ warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-ACCELERATORS = ("auto", "cpu", "gpu")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
 
 
@@ -74,21 +68,7 @@ def make_trainer(
     equal parts. threads: of PyTorch in each process, None for PyTorch's choice. timeout_minutes: how long a rank waits
     for the others before it gives up. `options` are the Trainer's.
     """
-    if accelerator not in ACCELERATORS:
-        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
-    gpus = torch.cuda.device_count()
-    if accelerator == "auto":
-        accelerator = "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and not gpus:
-        raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
-    started = started_outside()
-    if devices == "auto":
-        devices = started.devices if started else gpus if accelerator == "gpu" else 1
-    if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
-        raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
-    if accelerator == "gpu" and devices > gpus:
-        raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
-    require_processes(started, devices, num_nodes)
+    accelerator, devices = choose_devices(accelerator, devices, num_nodes)
     ranks = devices * num_nodes
     if threads is not None:
         torch.set_num_threads(threads)
@@ -98,10 +78,6 @@ def make_trainer(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    if accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate):
-        raise UserError(
-            f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
-        )
     if epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     return pl.Trainer(
@@ -117,7 +93,7 @@ def make_trainer(
         default_root_dir=directory,
         callbacks=list(callbacks),
         logger=logger or False,
-        plugins=[*plugins, environment(started)],
+        plugins=[*plugins, environment()],
         # What follows from the design, not from taste: our sampler knows the ranks, the checkpoints and bars replace
         # Lightning's, and a sanity validation would start the loaders before the position is known.
         use_distributed_sampler=False,
@@ -206,49 +182,3 @@ def _missing(device: torch.device) -> str | None:
     if not header.exists():
         return f"{header} is missing (the headers of Python, often a package python3-dev)"
     return None
-
-
-class Started(NamedTuple):
-    """Who started this process as one of several: `devices` of them on each of `nodes` machines."""
-
-    by: str
-    devices: int
-    nodes: int
-
-
-def started_outside() -> Started | None:
-    """What torchrun or srun started; None where a run starts its own ranks.
-
-    Shells and batch scripts of SLURM have its variables too: only what srun started is a step, and only several tasks
-    are ranks. Raises UserError for srun without --ntasks-per-node, which Lightning needs.
-    """
-    if TorchElasticEnvironment.detect():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        return Started("torchrun", devices, int(os.environ["WORLD_SIZE"]) // devices)
-    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
-        if "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise UserError(f"srun started {tasks} tasks: give --ntasks-per-node instead of --ntasks")
-        devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
-        return Started("srun", devices, tasks // devices)
-    return None
-
-
-def require_processes(started: Started | None, devices: int, num_nodes: int) -> None:
-    """Raises UserError unless there is or will be a process for each device; a rank would wait for those missing."""
-    if started and (started.devices, started.nodes) != (devices, num_nodes):
-        raise UserError(
-            f"{started.by} started {started.devices} process(es) on each of {started.nodes} machine(s), but "
-            f"trainer.devices={devices} and trainer.num_nodes={num_nodes}: they must be the same"
-        )
-    if not started and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine, "
-            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK there"
-        )
-
-
-def environment(started: Started | None) -> ClusterEnvironment:
-    """Lightning's side of it; its own guess would take any shell of SLURM for srun."""
-    if started is None:
-        return LightningEnvironment()
-    return TorchElasticEnvironment() if started.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
