@@ -15,13 +15,18 @@ from omegaconf import DictConfig
 from repghost.evaluation import evaluate, record, subject_of
 from repghost.export.runtimes import is_exported, open_exported
 from repghost.launch import command
+from repghost.ranks import run_on_devices
 from repghost.run import resolved_for_evaluation
 from repghost.training.loggers import SpeedBar
 
 
 @command("evaluate")
-def main(config: DictConfig) -> None:
-    config = resolved_for_evaluation(config)
+def main(config: DictConfig) -> int:
+    return run_on_devices(run, resolved_for_evaluation(config))
+
+
+def run(config: DictConfig) -> None:
+    """Evaluates what `config` names, as one of its ranks."""
     exported = None
     if is_exported(config.weights):
         exported = open_exported(config.weights, config.image_size, config.precision)

@@ -18,23 +18,29 @@ from omegaconf import DictConfig
 
 from repghost.evaluation import evaluate_run
 from repghost.launch import command
+from repghost.ranks import run_on_devices
 from repghost.reference import reference_curve
-from repghost.run import is_finished, open_run, write_class_names
+from repghost.run import folder_of, is_finished, open_run, write_class_names
 from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
 from repghost.training.loggers import RunFiles, SpeedBar, make_logger
 from repghost.training.profiler import StepProfiler
-from repghost.training.ranks import ranks_end_together
 from repghost.training.recipe import describe
 from repghost.training.trainer import compiles, keep_compiled
 from repghost.weights import start_from
 
 
 @command("train")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> int:
     directory, config = open_run(config)
     if is_finished(directory):
         print(f"{directory} is finished; evaluation.json in it holds the result")
-        return
+        return 0
+    return run_on_devices(train, config)
+
+
+def train(config: DictConfig) -> None:
+    """Trains the run that `config` describes, as one of its ranks, and evaluates it."""
+    directory = folder_of(config)
     folder = directory / "checkpoints"
     checkpoints = Checkpoints(folder, **config.checkpoint)
     files = RunFiles(directory, config.curve_seconds)
@@ -45,7 +51,7 @@ def main(config: DictConfig) -> None:
         profiler=StepProfiler(directory) if config.profile else None,
         plugins=[AtomicCheckpointIO()],
     )
-    with checkpoints.signals, ranks_end_together(trainer):
+    with checkpoints.signals:
         data = instantiate(config.data)
         data.setup("fit")
         write_class_names(directory, data.index("train").classes)

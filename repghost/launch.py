@@ -1,51 +1,199 @@
-"""How train.py and evaluate.py start: Hydra composes their config, and mistakes end in one line."""
+"""How train.py and evaluate.py start: Hydra composes the config, mistakes end in one line, -m sweeps.
+
+A sweep (`python train.py -m width=0.5,0.58`) runs every job as a process of its own, one after the other, under any of
+Hydra's sweepers. A job resumes a run that was interrupted and passes over one that is finished, so the same sweep goes
+on where it stopped. Check: `pytest tests/test_sweep.py`.
+"""
 
 import functools
+import inspect
+import itertools
+import math
 import os
+import re
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import UserError, run_command, user_message
+from repghost.ranks import external_launcher, signals_passed_on
+from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
 
+_OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
+_OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
 
-def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Makes a program of `function(config)`: Hydra composes conf/`config_name`.yaml beside the function's file."""
+Main = Callable[[DictConfig], int | None]
 
-    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
-        conf = Path(function.__code__.co_filename).resolve().parent / "conf"
 
-        @functools.wraps(function)
-        def job(config: DictConfig) -> float | None:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # in a launcher that is not ours, such as submitit's
-                try:
-                    function(config)
-                except Exception as error:
-                    if line := user_message(error):
-                        raise UserError(line) from None  # on its way to the sweep it would lose its cause
-                    raise
-                return top1(folder_of(config))
-            if code := run_command(lambda: function(config)):  # inside of Hydra, which would add a line of its own
-                sys.exit(code)
-            return None
+def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
+    """Makes a program of `function(config)`, which returns its exit code or None for 0.
 
-        # Hydra takes launchers from the namespace package hydra_plugins only; ours lies in repghost/plugins.
-        if (plugins := str(Path(__file__).parent / "plugins")) not in sys.path:
-            sys.path.append(plugins)
-        compose_and_run = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)(job)
+    Hydra composes the config from conf/`config_name`.yaml beside the function's file and the command line.
+    """
+
+    def decorate(function: Main) -> Callable[[], None]:
+        program = Path(inspect.getfile(function)).resolve()
 
         @functools.wraps(function)
         def main() -> None:
+            sweep = Sweep(program)
+
+            @functools.wraps(function)
+            def job(config: DictConfig) -> float | None:
+                settings = HydraConfig.get()
+                sweeping = settings.mode == RunMode.MULTIRUN
+                if sweeping and settings.runtime.choices["hydra/launcher"] != "basic":
+                    return _run_here(function, config)
+                # Hydra would add lines of its own to an exception, and go on with the next job.
+                if code := run_command(sweep.run_job if sweeping else lambda: function(config)):
+                    sys.exit(code)
+                return sweep.top1
+
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
-            if code := run_command(compose_and_run):
+            conf = str(program.parent / "conf")
+            compose_and_run = hydra.main(version_base="1.3", config_path=conf, config_name=config_name)(job)
+            if code := run_command(compose_and_run) or sweep.report():
                 sys.exit(code)
 
         return main
 
     return decorate
+
+
+def _run_here(function: Main, config: DictConfig) -> float | None:
+    """A job of a sweep whose launcher, such as submitit's, has given it this process; returns its Top-1 in percent."""
+    try:
+        if code := function(config):
+            sys.exit(code)
+    except Exception as error:
+        if line := user_message(error):
+            raise UserError(line) from None  # its cause would be lost on the way to the sweep
+        raise
+    return top1(folder_of(config))
+
+
+class Sweep:
+    """The jobs of `python PROGRAM -m ...`: starts them, and reports what failed and the table of results at the end."""
+
+    def __init__(self, program: Path) -> None:
+        self.top1: float | None = None  # of the last job in percent, None if it failed
+        self._program = program
+        self._fixed: dict[str, str] | None = None  # the overrides that all jobs share, by key
+        self._runs: dict[Path, tuple[Sequence[str], DictConfig]] = {}  # swept overrides and config by the run's folder
+        self._failures: list[str] = []
+
+    def run_job(self) -> None:
+        """Runs the job that Hydra has composed.
+
+        Exits with `checkpoint.exit_code` if a signal stopped the job or the sweep. Raises UserError, before the first
+        job, for a sweep under a launcher of ranks and for two jobs that would train in the same folder.
+        """
+        settings = HydraConfig.get()
+        if self._fixed is None:
+            self._fixed = self._read_command_line(settings)
+        swept = [override for override in settings.overrides.task if _key(override) not in self._fixed]
+        folder, config = self._compose(swept)
+        title = f"[{settings.job.num + 1}/{self._count}] {' '.join(swept)}"
+        print(f"\n{title}", flush=True)
+        code, received = self._start(swept)
+        stopped = OmegaConf.select(config, "checkpoint.exit_code")
+        if received or code == stopped:
+            print(f"\ninterrupted in {title}: the same command goes on from there", flush=True)
+            sys.exit(stopped or 128 + received[0])
+        self.top1 = None if code else top1(folder)
+        if code:
+            self._failures.append(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
+            print(self._failures[-1], flush=True)
+
+    def report(self) -> int:
+        """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""
+        names = [folder.name for folder in self._runs]
+        tables = dict.fromkeys(str(config.results) for _, config in self._runs.values())
+        rows = [row for table in tables for row in read_results(table) if row["name"] in names]
+        if rows:
+            print(f"\n{runs_table(sorted(rows, key=lambda row: names.index(row['name'])))}", flush=True)
+        if self._failures:
+            print(f"\n{len(self._failures)} failed:", *self._failures, sep="\n", flush=True)
+        return int(bool(self._failures))
+
+    def _read_command_line(self, settings: HydraConf) -> dict[str, str]:
+        """The overrides that are not swept, by key, as typed: sweepers write 1e-3 as 0.001, which changes names."""
+        launcher = external_launcher()
+        if launcher or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+            raise UserError(
+                f"-m under {launcher.name if launcher else 'a launcher that sets RANK and WORLD_SIZE'}: ranks of "
+                "different jobs would mix their gradients; start the sweep with python, its jobs start the ranks "
+                "(trainer.devices=N)"
+            )
+        typed = [argument for argument in sys.argv[1:] if _OVERRIDE.match(argument)]
+        flags = [argument for argument in sys.argv[1:] if argument not in (*typed, "-m", "--multirun")]
+        self._command = [sys.executable, str(self._program), *flags]
+        given = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items()] + typed
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        overrides = {override.get_key_element(): override for override in parser.parse_overrides(given)}
+        fixed = {
+            key: str(override.input_line) for key, override in overrides.items() if not override.is_sweep_override()
+        }
+        self._fixed = {key: line for key, line in fixed.items() if not _OF_THE_SWEEP.match(key)}
+        self._count = settings.sweeper.get("n_trials") or "?"
+        if settings.runtime.choices["hydra/sweeper"] == "basic":
+            swept = [override for override in overrides.values() if override.is_sweep_override()]
+            jobs = [[f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] for o in swept]
+            for job in itertools.product(*jobs):
+                self._compose(job)
+            self._count = math.prod(map(len, jobs))
+        return self._fixed
+
+    def _compose(self, swept: Sequence[str]) -> tuple[Path, DictConfig]:
+        """The folder and the config of a job's run. Raises UserError if the run of another job is in that folder."""
+        assert self._fixed is not None
+        name = HydraConfig.get().job.config_name
+        config = hydra.compose(name, [*self._fixed.values(), *swept], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)  # a run's name depends on it
+        folder = folder_of(config)
+        if set(self._runs.setdefault(folder, (swept, config))[0]) != set(swept) and "output" in config:
+            raise UserError(
+                f"two runs of the sweep would share the folder {folder}: give them names that differ, such as "
+                f"'name=NAME-${{{_key(next(iter(swept), 'seed'))}}}'"
+            )
+        return folder, config
+
+    def _start(self, swept: Sequence[str]) -> tuple[int, list[int]]:
+        """Runs a job as a process; returns its exit code and the signals that came and were passed on meanwhile."""
+        assert self._fixed is not None
+        process: subprocess.Popen[bytes] | None = None
+
+        def send(number: int) -> None:
+            if process is not None:
+                process.send_signal(number)
+
+        group = "-".join(["sweep", *sorted(_key(override).lstrip("+") for override in swept)])
+        with signals_passed_on(send) as received:
+            process = subprocess.Popen(
+                [*self._command, *self._fixed.values(), *swept],
+                env={"WANDB_RUN_GROUP": group, **os.environ},
+                stdin=subprocess.DEVNULL,  # nobody answers the questions of a sweep
+                start_new_session=True,  # Ctrl-C reaches a job once, through us
+            )
+            for number in received:  # while the process started
+                process.send_signal(number)
+            code = process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what a job leaves behind would hold its device
+        return code, received
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]

@@ -55,6 +55,10 @@ class Process:
         path = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
+    def ranks(self) -> list[int]:
+        """Those of its children that are ranks, in their order."""
+        return [pid for pid in self.children() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def ends(self, within: float = 600) -> int:
         """The exit code, once every process of the session has ended."""
         code = self._process.wait(within)

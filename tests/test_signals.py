@@ -109,10 +109,9 @@ def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, mon
     shutil.copytree(run, tmp_path / "outputs" / "on_one_rank")
 
     running = trained(process(*RANKS), 2)
-    (child,) = running.children()
-    os.kill(child, signal.SIGKILL)
+    os.kill(running.ranks()[1], signal.SIGKILL)
     assert running.ends() == 2
-    assert running.said.splitlines()[-1].startswith("error: rank 1 of this machine was ended by SIGKILL")
+    assert running.said.splitlines()[-1].startswith("error: rank 1 was ended by SIGKILL")
 
     running = process(*RANKS)
     assert running.ends() == 0, running.said
@@ -124,11 +123,21 @@ def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, mon
 
 
 @pytest.mark.slow
-def test_rank_0_is_killed(process: StartTrain) -> None:
+def test_the_process_that_started_the_ranks_is_killed(process: StartTrain, tmp_path: Path) -> None:
     running = trained(process(*RANKS), 1)
     running.signal(signal.SIGKILL)
     assert running.ends() == -signal.SIGKILL
-    assert "rank 0, which started this process, is gone" in running.said.splitlines()[-1]
+    assert "Traceback" not in running.said
+    assert stopped_at(tmp_path / "outputs" / "run")[0] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_is_signalled(process: StartTrain, rank: int) -> None:
+    running = trained(process(*RANKS), 1)
+    os.kill(running.ranks()[rank], signal.SIGUSR1)
+    assert running.ends() == 75, running.said
+    assert "Traceback" not in running.said and "error" not in running.said
 
 
 def test_the_cause_is_shown_last(process: StartTrain, shards: Path, tmp_path: Path) -> None:

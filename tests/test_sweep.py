@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from conftest import TINY
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from test_distributed import ROOT
 
 from repghost.errors import UserError
+from repghost.ranks import choose_devices, environment, external_launcher
 from repghost.training.trainer import make_trainer
 
 Program = Callable[..., int]
@@ -26,9 +28,9 @@ Program = Callable[..., int]
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
-def environment(**variables: str) -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if k not in RANKS and not k.startswith(("SLURM_", "WANDB_"))}
-    return {**inherited, "OMP_NUM_THREADS": "1", **variables}
+def inherited(**variables: str) -> dict[str, str]:
+    found = {k: v for k, v in os.environ.items() if k not in RANKS and not k.startswith(("SLURM_", "WANDB_"))}
+    return {**found, "OMP_NUM_THREADS": "1", **variables}
 
 
 def command(shards: Path, *arguments: str) -> list[str]:
@@ -39,7 +41,7 @@ def sweep(folder: Path, shards: Path, *arguments: str) -> subprocess.CompletedPr
     """Runs train.py -m in `folder`."""
     return subprocess.run(
         [*command(shards, *arguments), "-m"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=600,
+        cwd=folder, env=inherited(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_a_sweep_of_two_ranks_with_a_job_that_fails(shards: Path, tmp_path: Path
 def test_a_signal_stops_the_sweep_and_its_job(shards: Path, tmp_path: Path) -> None:
     arguments = ("epochs=1000", "seed=0,1", "-m")
     with subprocess.Popen(
-        command(shards, *arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        command(shards, *arguments), cwd=tmp_path, env=inherited(), stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -160,8 +162,9 @@ def test_slurm_without_srun_starts_its_own_ranks() -> None:
     batch = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
     for values in (batch, {**SRUN, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}):
         with variables(**values):
-            assert trainer_of(devices=2).world_size == 2
-            assert not trainer_of(devices=2).strategy.cluster_environment.creates_processes_externally
+            assert external_launcher() is None
+            assert choose_devices("cpu", 2, 1) == ("cpu", 2)
+            assert not isinstance(environment(), SLURMEnvironment)
     tasks = {name: value for name, value in SRUN.items() if name != "SLURM_NTASKS_PER_NODE"}
     with variables(**tasks), pytest.raises(UserError, match="--ntasks-per-node"):
         trainer_of()
@@ -200,7 +203,7 @@ def test_a_server_that_is_not_there_stops_nothing(shards: Path, tmp_path: Path) 
     done = subprocess.run(
         command(shards, "name=a", "epochs=1", "logger=wandb", "logger.settings.init_timeout=1"),
         cwd=tmp_path, capture_output=True, text=True, timeout=600,
-        env=environment(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40),
+        env=inherited(WANDB_BASE_URL=f"http://127.0.0.1:{port}", WANDB_API_KEY="0" * 40),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     failures = [line for line in done.stdout.splitlines() if "left out from here on" in line]

@@ -11,25 +11,19 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from repghost.errors import UserError
+from repghost.ranks import choose_devices, environment
 from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -38,7 +32,6 @@ _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-ACCELERATORS = ("auto", "cpu", "gpu")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
 
 
@@ -69,14 +62,8 @@ def make_trainer(
     a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts.
     """
     ignore_warnings()
-    started = started_outside()
-    accelerator, devices = _choose_devices(accelerator, devices, num_nodes, started)
-    require_processes(started, devices, num_nodes)
+    accelerator, devices = choose_devices(accelerator, devices, num_nodes)
     ranks = devices * num_nodes
-    if batch_size is not None and (accumulate < 1 or batch_size < 1 or batch_size % (ranks * accumulate)):
-        raise UserError(
-            f"batch_size={batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
-        )
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     _set_up_process(accelerator, threads)
@@ -94,30 +81,12 @@ def make_trainer(
         callbacks=list(callbacks),
         logger=list(logger),
         profiler=profiler,
-        plugins=[*plugins, environment(started)],
+        plugins=[*plugins, environment()],
         log_every_n_steps=0,  # the loggers get whole epochs
         use_distributed_sampler=False,  # the data module knows the ranks
         num_sanity_val_steps=0,  # it would start the loaders before a resumed run's position is known
         enable_model_summary=False,
     )
-
-
-def _choose_devices(accelerator: str, devices: int | str, num_nodes: int, started: "Started | None") -> tuple[str, int]:
-    """The accelerator (`cpu` or `gpu`) and the number of devices on each machine."""
-    if accelerator not in ACCELERATORS:
-        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
-    gpus = torch.cuda.device_count()
-    if accelerator == "auto":
-        accelerator = "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and not gpus:
-        raise UserError("trainer=gpu, but this machine shows no GPU to PyTorch (trainer=cpu runs without one)")
-    if devices == "auto":
-        devices = started.devices if started else gpus if accelerator == "gpu" else 1
-    if not isinstance(devices, int) or devices < 1 or num_nodes < 1:
-        raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
-    if accelerator == "gpu" and devices > gpus:
-        raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
-    return accelerator, devices
 
 
 def _set_up_process(accelerator: str, threads: int | None) -> None:
@@ -209,49 +178,3 @@ def _missing_for_compiling(device: torch.device) -> str | None:
     if not header.exists():
         return f"{header} is missing (the headers of Python, often a package python3-dev)"
     return None
-
-
-class Started(NamedTuple):
-    """Who started this process as one of several: `devices` of them on each of `nodes` machines."""
-
-    by: str
-    devices: int
-    nodes: int
-
-
-def started_outside() -> Started | None:
-    """What torchrun or srun started; None where a run starts its own ranks.
-
-    Shells and batch scripts of SLURM have its variables too: only what srun started is a step, and only several tasks
-    are ranks. Raises UserError for srun without --ntasks-per-node, which Lightning needs.
-    """
-    if TorchElasticEnvironment.detect():
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        return Started("torchrun", devices, int(os.environ["WORLD_SIZE"]) // devices)
-    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
-        if "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise UserError(f"srun started {tasks} tasks: give --ntasks-per-node instead of --ntasks")
-        devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
-        return Started("srun", devices, tasks // devices)
-    return None
-
-
-def require_processes(started: Started | None, devices: int, num_nodes: int) -> None:
-    """Raises UserError unless there is or will be a process for each device; a rank would wait for those missing."""
-    if started and (started.devices, started.nodes) != (devices, num_nodes):
-        raise UserError(
-            f"{started.by} started {started.devices} process(es) on each of {started.nodes} machine(s), but "
-            f"trainer.devices={devices} and trainer.num_nodes={num_nodes}: they must be the same"
-        )
-    if not started and num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine, "
-            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK there"
-        )
-
-
-def environment(started: Started | None) -> ClusterEnvironment:
-    """Lightning's side of it; its own guess would take any shell of SLURM for srun."""
-    if started is None:
-        return LightningEnvironment()
-    return TorchElasticEnvironment() if started.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
