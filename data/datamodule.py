@@ -213,8 +213,9 @@ class ImageNetTraining(ImageNetData):
         return epoch, step * self._accumulate
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Notes which batch it is while that is known without waiting for the device."""
-        self._batch = int(batch.positions[0]) // (self.batch_size // self._accumulate)
+        """Notes which batch of the epoch it is; on the device its positions could not be read without waiting."""
+        if self._trainer.training:
+            self._batch = int(batch.positions[0]) // (self.batch_size // self._accumulate)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
