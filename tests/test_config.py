@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from repghost.model import WIDTHS
+from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 from repghost.run import resolve_recipe
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -66,3 +67,10 @@ def test_the_paper_recipe_is_the_paper_s() -> None:
     assert (recipe.learning_rate, recipe.momentum, recipe.weight_decay) == (0.6, 0.9, 1e-5)
     assert (recipe.label_smoothing, recipe.dropout, recipe.ema_decay) == (0.1, 0.2, 0.9999)
     assert config.data.crop_fraction * 256 == config.image_size
+
+
+def test_the_normalization_is_imagenet_s() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        evaluation = compose("evaluate", ["data.root=x"]).data.augment
+    for augment in (composed().recipe.augment, evaluation):
+        assert (tuple(augment.mean), tuple(augment.std)) == (IMAGENET_MEAN, IMAGENET_STD)

@@ -206,6 +206,37 @@ def test_another_recipe_in_the_same_folder(train_tiny: Program, capsys: pytest.C
     assert "momentum" in capsys.readouterr().err
 
 
+def test_a_run_of_an_earlier_version_is_the_same_run(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny("name=a", "epochs=1") == 0
+    file = Path("outputs/a/config.yaml")
+    config = yaml.safe_load(file.read_text())
+    config["classifier"] |= {"_target_": "repghost.classifier.ImageClassifier", "learning_rate": 7.0}
+    config["trainer"] |= {"_target_": "repghost.trainer.make_trainer", "log_every_n_steps": 50}
+    config["data"] |= {"_target_": "data.old.ImageNetData", "gone": 1}
+    file.write_text(yaml.safe_dump(config))
+    assert train_tiny("name=a", "epochs=1") == 0 and "finished" in capsys.readouterr().out
+    for wrong, key in (
+        ("width=1.3", "width"),
+        ("recipe.augment.erase=null", "recipe.augment.erase"),
+        ("data.crop_fraction=1", "data.crop_fraction"),
+    ):
+        assert train_tiny("name=a", "epochs=1", wrong) == 2
+        assert f"was begun with {key}=" in capsys.readouterr().err
+
+
+def test_an_evaluation_takes_the_normalization_of_the_run(
+    train_tiny: Program, evaluate_with: Program, shards: Path
+) -> None:
+    assert train_tiny("name=a", "epochs=1", "recipe.augment.mean=[0.1,0.2,0.3]", "recipe.augment.std=[1,1,1]") == 0
+    losses = [json.loads(Path("outputs/a/evaluation.json").read_text())["loss"]]
+    for options in ((), ("data=imagenet", f"data.root={shards}"), ("data.augment.std=[0.01,0.01,0.01]",)):
+        assert evaluate_with("run=outputs/a", "trainer=cpu", "data.workers=0", *options) == 0
+        losses.append(json.loads(Path("outputs/a/evaluation.json").read_text())["loss"])
+    trained, same, named, other = losses
+    assert same == pytest.approx(trained, rel=1e-6) and named == pytest.approx(trained, rel=1e-6)
+    assert other != pytest.approx(trained, rel=1e-5)
+
+
 def test_a_mistake_leaves_no_run_behind(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny("name=a", "epochs=1", "batch_size=9", "accumulate=2") == 2
     assert "batch_size=9" in capsys.readouterr().err
