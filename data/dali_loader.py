@@ -92,7 +92,7 @@ class DaliLoader:
                 self._stream.close()
                 self._stream = None
         if self._stream is None:
-            self._stream = _Stream(self, iteration)
+            self._stream = _Stream(self.crops, self.reader, self.options, self.device_id, iteration)
         return self._stream
 
 
@@ -111,10 +111,14 @@ class _Stream:
     A thread of its own reads the files, waits for DALI, whose threads decode, and finishes the batches.
     """
 
-    def __init__(self, loader: DaliLoader, iteration: int) -> None:
+    def __init__(
+        self, crops: Crops, reader: ShardReader, options: LoaderOptions, device_id: int | None, iteration: int
+    ) -> None:
         self.iteration = iteration
-        self._loader = loader
-        self._prefetch = max(1, loader.options.prefetch)
+        self._crops = crops
+        self._reader = reader
+        self._threads, self._prefetch = max(1, options.workers), max(1, options.prefetch)
+        self._device_id = device_id
         self._thread = ThreadPoolExecutor(1)
         started = self._thread.submit(self._start, iteration)
         self._ready = deque(self._thread.submit(self._make) for _ in range(self._prefetch))
@@ -133,16 +137,15 @@ class _Stream:
     # -- in the thread ---------------------------------------------------------------------------------------------
 
     def _start(self, iteration: int, decoded_until: int = 0) -> None:
-        loader = self._loader
         self._made = iteration
-        self._source = DaliSource(loader.crops, loader.reader, loader.device_id is not None, iteration, decoded_until)
+        self._source = DaliSource(self._crops, self._reader, self._device_id is not None, iteration, decoded_until)
         self._pipeline = _build_pipeline(
             self._source,
-            loader.crops.image_size,
-            batch_size=loader.crops.sampler.batch_size,
-            num_threads=max(1, loader.options.workers),
+            self._crops.image_size,
+            batch_size=self._crops.sampler.batch_size,
+            num_threads=self._threads,
             prefetch_queue_depth=self._prefetch,
-            device_id=loader.device_id,
+            device_id=self._device_id,
         )
 
     def _make(self) -> tuple[Tensor, _Read]:
@@ -151,15 +154,15 @@ class _Stream:
         except RuntimeError:
             if self._made < self._source.decoded_until:
                 raise
-            batch = self._made % len(self._loader)
+            batch = self._made % self._crops.sampler.batches
             log.warning("DALI cannot decode a file in batch %d or soon after it: they are decoded without it", batch)
             self._start(self._made, decoded_until=self._made + self._prefetch + 1)  # it was that far ahead
             (output,) = self._pipeline.run()
         self._made += 1
         read = self._source.read.popleft()
-        if self._loader.device_id is None:
+        if self._device_id is None:
             return _resized(read, output), read
-        with torch.cuda.device(self._loader.device_id):
+        with torch.cuda.device(self._device_id):
             return torch.from_dlpack(output.as_tensor()), read
 
 

@@ -3,8 +3,10 @@
 Damaged shards are in tests/test_faults.py, for both loaders.
 """
 
+import gc
 import io
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -105,6 +107,21 @@ def test_an_epoch_is_entered_anywhere_and_left_for_the_next(index: Index) -> Non
         where = (4, first)
         batches = iter(mine)
         assert_same([next(batches)], epochs[4][first : first + 1])  # and is left in the middle
+
+
+def test_a_dropped_loader_takes_its_pipeline_along(index: Index) -> None:
+    """At once, not when the garbage collector runs: its threads must not be there when other loaders fork workers."""
+    gc.disable()
+    try:
+        mine = loader(DaliLoader, training(index))
+        next(iter(mine))
+        stream = mine._stream
+        pipeline = weakref.ref(stream._pipeline)
+        stream._thread.submit(int).result()  # what was under way has ended
+        del mine, stream
+        assert pipeline() is None
+    finally:
+        gc.enable()
 
 
 def test_decoding_equals_pil(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
