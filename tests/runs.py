@@ -59,7 +59,7 @@ class Process:
         """Those of its children that are ranks, in their order."""
         return [pid for pid in self.children() if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    def ends(self, within: float = 60) -> int:
+    def ends(self, within: float = 300) -> int:
         """The exit code, once every process of the session has ended."""
         code = self._process.wait(within)
         until = time.monotonic() + within
