@@ -232,7 +232,7 @@ def measure(pipeline: Pipeline, setting: Setting, workers: int, seconds: float) 
         for _ in islice(batches, (PREFETCH + 1) * workers):
             pass
         images, start, used = 0, time.perf_counter(), _cpu_seconds()
-        while time.perf_counter() - start < seconds:
+        while images == 0 or time.perf_counter() - start < seconds:
             # As many batches as there are workers: they tend to arrive together.
             arrived = sum(1 for _ in islice(batches, workers))
             images += arrived * setting.batch_size

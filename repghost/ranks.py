@@ -39,8 +39,8 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 
 Function = Callable[[DictConfig], None]
 
-# When a rank fails, the others lose their connections to it. The launcher ends them while they wait with that error.
-_SECONDS_UNTIL_SEEN = 3.0
+# When a rank fails, the others lose their connections to it. The launcher ends them before they report that.
+_SECONDS_UNTIL_ENDED = 3.0
 
 
 class Launcher(NamedTuple):
@@ -150,7 +150,7 @@ def _start_ranks(function: Function, config: DictConfig, devices: int, nodes: in
         rendezvous = {"rdzv_backend": "static", "rdzv_endpoint": address, "rdzv_configs": {"rank": node}}
     # More threads than cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # its last word on a rank that was killed
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # its last word on a rank that was killed
     logging.disable()  # what the elastic launcher says about a failure
     with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received:
         launch = LaunchConfig(
@@ -209,8 +209,8 @@ def _run_rank(function: Function, config: DictConfig) -> None:
     except Exception as error:
         if line := user_message(error):
             raise UserError(line) from None
-        if dist.is_initialized():
-            time.sleep(_SECONDS_UNTIL_SEEN)
+        if isinstance(error, RuntimeError) and dist.is_initialized():
+            time.sleep(_SECONDS_UNTIL_ENDED)
         raise
 
 
