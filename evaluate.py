@@ -29,7 +29,9 @@ def main(config: DictConfig) -> None:
         raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
     config = resolved_for_evaluation(config)
     exported = (
-        open_exported(config.weights, config.image_size, config.precision) if is_exported(config.weights) else None
+        open_exported(config.weights, config.image_size, config.precision, config.data.augment)
+        if is_exported(config.weights)
+        else None
     )
     trainer = instantiate(config.trainer)(directory=Path.cwd(), callbacks=[SpeedBar(refresh_rate=1)])
     name = Path(config.run or str(config.weights).removeprefix("official:")).name

@@ -26,7 +26,7 @@ from torch import Tensor
 from repghost.errors import UserError
 from repghost.files import atomic_write
 from repghost.model import WIDTHS, Reparam, RepGhostNet, round_channels
-from repghost.reference import published_repository
+from repghost.reference import timm_name
 
 StateDict = dict[str, Tensor]
 
@@ -176,7 +176,7 @@ def _path(source: str, width: float | None) -> Path:
     if source == "timm":
         if width is None:
             raise UserError("weights=timm: say which width")
-        return _from_hub(published_repository(width))
+        return _from_hub(f"timm/{timm_name(width)}")
     path = Path(source.removeprefix("official:")).expanduser()
     if path.is_dir():
         path = path / WEIGHTS_FILE

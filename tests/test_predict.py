@@ -222,7 +222,8 @@ def make_run(folder: Path, **changes: Any) -> torch.nn.Module:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "checkpoints").mkdir()
     write_class_names(folder, ["cat", "dog", "owl"])
-    torch.save({"ema": model.state_dict(), "history": [{"epoch": 0}]}, folder / "checkpoints" / "last.ckpt")
+    checkpoint = {"ema": model.state_dict(), "history": [{"epoch": 0}], "run": {"width": 0.1}}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     return model.eval()
 
 

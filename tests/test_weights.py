@@ -16,7 +16,7 @@ from helpers import photographs, randomize_batchnorm
 
 from repghost import reparameterize, repghostnet
 from repghost.errors import UserError
-from repghost.reference import published_repository
+from repghost.reference import timm_name
 from repghost.weights import load_model, read_weights, save_weights, start_from
 
 WIDTH = 0.5
@@ -33,7 +33,7 @@ def theirs() -> Any:
 def cache(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's cache after a download of timm's repository of width 0.5."""
     folder = tmp_path_factory.mktemp("hub")
-    repository = folder / f"models--{published_repository(WIDTH).replace('/', '--')}"
+    repository = folder / f"models--timm--{timm_name(WIDTH)}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     for name in ("blobs", "refs", f"snapshots/{commit}"):
         (repository / name).mkdir(parents=True)

@@ -32,7 +32,7 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
     Raises UserError for a run that is not evaluated and for a width that timm has no architecture of.
     """
     config = read_config(directory)
-    architecture = timm_name(config.width)
+    architecture = timm_name(config.width).partition(".")[0]
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
     save_weights(model, out / WEIGHTS_FILE)

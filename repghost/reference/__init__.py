@@ -5,9 +5,9 @@ from functools import cache
 from importlib.resources import files
 
 from repghost.errors import UserError
-from repghost.model import WIDTHS
 
 IMAGENET = (1_281_167, 50_000)  # training and validation images
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue in [0, 1]
 EPOCHS = 300
 Row = dict[str, float]
 
@@ -57,20 +57,11 @@ def peers() -> list[dict[str, str]]:
 
 
 def timm_name(width: float) -> str:
-    """timm's name of the architecture of `width`. Raises UserError for a width that is not published."""
-    names = {float(row["width"]): row["timm_name"].partition(".")[0] for row in published()}
+    """timm's name of the published weights of `width`. Raises UserError for a width that is not published."""
+    names = {float(row["width"]): row["timm_name"] for row in published()}
     if width not in names:
-        raise UserError(f"width={width:g}: timm knows only the widths {', '.join(f'{w:g}' for w in WIDTHS)}")
+        raise UserError(f"width={width:g} is not published, only {', '.join(f'{w:g}' for w in names)}")
     return names[width]
-
-
-def published_repository(width: float) -> str:
-    """timm's repository on the Hugging Face hub with the published weights of `width`."""
-    with (files("repghost") / "reference" / "paper.csv").open() as file:
-        names = {float(row["width"]): row["timm_name"] for row in csv.DictReader(file)}
-    if width not in names:
-        raise UserError(f"weights=timm: width={width:g} is not published, only {', '.join(f'{w:g}' for w in WIDTHS)}")
-    return f"timm/{names[width]}"
 
 
 def official_curve(width: float, epochs: int, images: tuple[int, int]) -> dict[int, Row] | None:
