@@ -19,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
 from repghost.errors import UserError
+from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SCHEMES = ("http://", "https://", "file://")  # what is read as a URL
 TIMEOUT = 30  # seconds without a byte from a server
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, RGB in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Preprocessing:
 
     image_size: int = 224
     crop_fraction: float = 0.875
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     @property
     def shorter_side(self) -> int:

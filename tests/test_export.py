@@ -126,6 +126,8 @@ def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
     assert command(f"run={tmp_path}", "format=onnx") == 0
     metadata = open_exported(tmp_path / "fused.onnx", 32).metadata
     assert (metadata["mean"], metadata["std"], metadata["crop_fraction"]) == (mean, std, 1.0)
+    with pytest.raises(UserError, match=r"another std: data\.augment\.std=\[0\.5,0\.25,0\.75\]"):
+        open_exported(tmp_path / "fused.onnx", 32, normalization={"mean": mean, "std": (0.229, 0.224, 0.225)})
 
 
 MISTAKES = (

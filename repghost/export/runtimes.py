@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repghost.errors import UserError
-from repghost.images import MEAN, STD
+from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 
 EVALUATED = (".onnx", ".pte")
 
@@ -37,7 +37,9 @@ METADATA: dict[str, Callable[[Any], Any]] = {
     "precision": str, "crop_fraction": float, "mean": _numbers, "std": _numbers,
 }  # fmt: skip
 # Files of earlier versions do not say these.
-_BEFORE = {"crop_fraction": 0.875, "mean": " ".join(map(str, MEAN)), "std": " ".join(map(str, STD))}
+_BEFORE = {
+    "crop_fraction": 0.875, "mean": " ".join(map(str, IMAGENET_MEAN)), "std": " ".join(map(str, IMAGENET_STD)),
+}  # fmt: skip
 
 
 class ExportedModel(nn.Module):
@@ -101,10 +103,16 @@ def is_exported(weights: Any) -> bool:
     return Path(str(weights)).suffix in EVALUATED
 
 
-def open_exported(path: str | Path, image_size: int, precision: str = "float32") -> ExportedModel:
+def open_exported(
+    path: str | Path,
+    image_size: int,
+    precision: str = "float32",
+    normalization: Mapping[str, Sequence[float]] | None = None,
+) -> ExportedModel:
     """An exported file for evaluation on normalized images of `image_size` pixels, with its metadata in their types.
 
-    precision: what the command asks for; a file has its own, which leaves only the usual "float32".
+    precision: what the command asks for; a file has its own, which leaves only the usual "float32". normalization:
+    the `mean` and `std` of the images; None trusts the caller.
 
     Raises UserError for a file that is not one of `repghost.export`, or that takes or gives something else.
     """
@@ -128,6 +136,10 @@ def open_exported(path: str | Path, image_size: int, precision: str = "float32")
             raise UserError(f"{path}: {what}, evaluation needs an export without {key}=true")
     if (size := metadata["image_size"]) != image_size:
         raise UserError(f"{path}: takes images of {size} pixels: image_size={size}")
+    for key in ("mean", "std"):
+        if normalization is not None and tuple(normalization[key]) != metadata[key]:
+            value = f"[{','.join(map(str, metadata[key]))}]"
+            raise UserError(f"{path}: takes images with another {key}: data.augment.{key}={value}")
     model = opener(path, metadata["batch"] or None)
     model.metadata = metadata
     return model
