@@ -22,10 +22,11 @@ test: $(READY) ## the tests, without the slow ones
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(READY) ## format, lint and types
+lint: $(READY) ## format, lint, types and structure
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_structure.py
 
 format: $(READY) ## format the code and sort the imports
 	$(BIN)/ruff check --fix .
