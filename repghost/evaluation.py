@@ -77,7 +77,9 @@ class Evaluation(pl.LightningModule):
         self._extremes = reduce(self._extremes, reduce_op="max")
         if self._keep_predictions:
             columns = [self._from_all_ranks(torch.cat(parts)) for parts in zip(*self._batches, strict=True)]
-            self.predictions = Predictions(*_without_padding(columns))
+            order = columns[0].argsort()  # that of the index
+            order = order[columns[1][order] >= 0]  # without padding
+            self.predictions = Predictions(*(column[order].cpu() for column in columns))
 
     def _from_all_ranks(self, rows: Tensor) -> Tensor:
         """[N, ...] of every rank as [N * ranks, ...]; all ranks have the same N, padding included."""
@@ -89,35 +91,19 @@ class Evaluation(pl.LightningModule):
         """The figures of evaluation.json; accuracies and their intervals in percent."""
         trained, fused = (scores(s) for s in self._sums)
         difference, largest = self._extremes.tolist()
-        two_forms = self.fused is not self.model
-        return {
-            "images": trained.images,
-            **_figures(trained),
-            "fused": {
-                **_figures(fused),
-                "max_abs_logit_diff": difference if two_forms else None,
-                "max_rel_logit_diff": difference / largest if two_forms else None,
-                "top1_flips": int(self._flips) if two_forms else None,
-            },
+        changes = {
+            "max_abs_logit_diff": difference,
+            "max_rel_logit_diff": difference / largest,
+            "top1_flips": int(self._flips),
         }
-
-
-def _without_padding(columns: list[Tensor]) -> list[Tensor]:
-    """The rows that stand for an image, in the order of the index, on the CPU. columns: those of Predictions."""
-    positions, labels = columns[:2]
-    real = labels >= 0
-    order = positions[real].argsort()
-    return [column[real][order].cpu() for column in columns]
+        if self.fused is self.model:
+            changes = dict.fromkeys(changes)
+        return {"images": trained.images, **_figures(trained), "fused": {**_figures(fused), **changes}}
 
 
 def _figures(of: Scores) -> dict[str, Any]:
-    return {
-        "top1": of.top1,
-        "top5": of.top5,
-        "loss": of.loss,
-        "top1_interval": interval(of.top1, of.images),
-        "top5_interval": interval(of.top5, of.images),
-    }
+    intervals = {f"{name}_interval": interval(getattr(of, name), of.images) for name in ("top1", "top5")}
+    return {"top1": of.top1, "top5": of.top5, "loss": of.loss, **intervals}
 
 
 def interval(percent: float, images: int) -> list[float]:
@@ -228,9 +214,8 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):
-            if not _evaluation_file(
-                directory, evaluation
-            ).exists():  # a run that died between the two adds no row twice
+            # A run that died between the two adds no row twice.
+            if not _evaluation_file(directory, evaluation).exists():
                 append_result(config.results, directory.name, data_name(config), evaluation)
                 write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():
