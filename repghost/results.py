@@ -7,7 +7,6 @@ nothing is filled in. Check: `pytest tests/test_results.py`.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from repghost.errors import UserError, run_command
-from repghost.files import rows_as_csv, write_text
+from repghost.errors import run_command
+from repghost.files import read_table, rows_as_csv, write_text
 from repghost.reference import IMAGENET, published
 
 COLUMNS = (
@@ -49,13 +48,8 @@ def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[st
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
     """The rows of results.csv, none when there is no such file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(_OPTIONAL) - set(reader.fieldnames or ()):
-            raise UserError(f"{path}: not a table of results, it has no column {min(missing)}")
-        return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in reader]
+    rows = read_table(path, set(COLUMNS) - set(_OPTIONAL), "results")
+    return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in rows]
 
 
 HEADER = (
