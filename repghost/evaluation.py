@@ -7,7 +7,6 @@ evaluation.json. Check: `pytest tests/test_evaluation.py`.
 
 import json
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,47 +153,41 @@ def subject_of(config: DictConfig, exported: nn.Module | None) -> Subject:
 
 
 def evaluate(
-    subject: Subject,
-    trainer: pl.Trainer,
-    data: DataModule,
-    *,
-    image_size: int,
-    crop_fraction: float,
-    test_set: str | None = None,
-    real_labels: str | None = None,
-    autocast: bool = False,
-    report: Sequence[str] = (),
+    subject: Subject, trainer: pl.Trainer, data: DataModule, config: DictConfig, autocast: bool = False
 ) -> dict[str, Any]:
     """Evaluates a network on the validation images of `data` with the devices of `trainer`.
 
-    test_set, real_labels: what counts as right (see `repghost.test_sets`). autocast: compute in the trainer's
-    precision instead of float32. report: of `repghost.reports`. Returns the content of evaluation.json. Raises
-    UserError when network and data do not fit, or when not every image was counted exactly once.
+    config: of train.py or evaluate.py; the latter's test_set and real_labels say what counts as right, report which
+    files of `repghost.reports` are written. autocast: compute in the trainer's precision instead of float32. Returns
+    the content of evaluation.json. Raises UserError when network and data do not fit, or when not every image was
+    counted exactly once.
     """
-    require_reports(report)
+    report = config.get("report") or ()
+    reports = [report] if isinstance(report, str) else list(report)
+    require_reports(reports)
     index, metadata = data.index("val"), getattr(subject.network, "metadata", {})
     network = subject.network
     if not isinstance(network, RepGhostNet):
         with torch.device("meta"):
             network = repghostnet(metadata["width"], metadata["num_classes"], fused=True)
-    labels = label_map(test_set, real_labels, index, network.classifier.out_features)
-    evaluation = Evaluation(subject.network, labels, autocast, keep_predictions=bool(report))
+    labels = label_map(config.get("test_set"), config.get("real_labels"), index, network.classifier.out_features)
+    evaluation = Evaluation(subject.network, labels, autocast, keep_predictions=bool(reports))
     trainer.validate(evaluation, datamodule=data, verbose=False)
     results = evaluation.results()
     if results["images"] != (expected := labels.images(len(index))):
         raise UserError(f"evaluated {results['images']} images, but the data set has {expected}")
-    if report and trainer.is_global_zero:
-        write_reports(report, evaluation.predictions, index, subject.folder)
+    if reports and trainer.is_global_zero:
+        write_reports(reports, evaluation.predictions, index, subject.folder)
     return {
         **results,
         "width": float(network.width),
         "params_m": count_parameters(network) / 1e6,
-        "macs_m": count_macs(network, image_size) / 1e6,
-        "image_size": image_size,
+        "macs_m": count_macs(network, config.image_size) / 1e6,
+        "image_size": config.image_size,
         "weights": subject.weights,
         "epoch": subject.epoch,
         "selection": subject.selection,
-        "crop_fraction": crop_fraction,
+        "crop_fraction": config.data.crop_fraction,
         "precision": metadata.get("precision") or (str(trainer.precision) if autocast else "32-true"),
     }
 
@@ -208,9 +201,7 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
             assert isinstance(subject.network, RepGhostNet)
             save_weights(subject.network, directory / "model.safetensors")
             save_weights(reparameterize(subject.network), directory / "model_fused.safetensors")
-        evaluations[selection] = evaluate(
-            subject, trainer, data, image_size=config.image_size, crop_fraction=config.data.crop_fraction
-        )
+        evaluations[selection] = evaluate(subject, trainer, data, config)
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, low: int, high: int | None, default: int | None, metavar: str, text: str) -> None:
         shown = "" if default is None else " (default %(default)s)"
-        parser.add_argument(name, type=_whole_number(low, high), default=default, metavar=metavar, help=text + shown)
+        parser.add_argument(
+            name, type=partial(_whole_number, low, high), default=default, metavar=metavar, help=text + shown
+        )
 
     add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
     add("--seed", 0, None, 0, "N", "of the order of the images")
@@ -64,15 +67,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")
 
 
-def _whole_number(low: int, high: int | None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or not low <= int(text) <= (high or int(text)):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a whole number from {low} {f'to {high}' if high else 'on'}"
-            )
-        return int(text)
-
-    return parse
+def _whole_number(low: int, high: int | None, text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not low <= int(text) <= (high or int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} {f'to {high}' if high else 'on'}")
+    return int(text)
 
 
 if __name__ == "__main__":
