@@ -24,7 +24,7 @@ from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
 from repghost.reference import published_accuracy
 from repghost.reparameterize import reparameterize
-from repghost.reports import Predictions, require_reports, write_reports
+from repghost.reports import Predictions, report_names, write_reports
 from repghost.results import append_result
 from repghost.run import SELECTIONS, data_name, load_run
 from repghost.test_sets import LabelMap, label_map
@@ -162,9 +162,7 @@ def evaluate(
     the content of evaluation.json. Raises UserError when network and data do not fit, or when not every image was
     counted exactly once.
     """
-    report = config.get("report") or ()
-    reports = [report] if isinstance(report, str) else list(report)
-    require_reports(reports)
+    reports = report_names(config.get("report"))
     index, metadata = data.index("val"), getattr(subject.network, "metadata", {})
     network = subject.network
     if not isinstance(network, RepGhostNet):

@@ -30,10 +30,12 @@ class Predictions(NamedTuple):
     probabilities: Tensor  # float32 [N, K]
 
 
-def require_reports(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is not in REPORTS."""
+def report_names(report: str | Sequence[str] | None) -> list[str]:
+    """The names in the value of `report`, a name or several. Raises UserError for one that is not in REPORTS."""
+    names = [report] if isinstance(report, str) else list(report or ())
     if unknown := set(names) - set(REPORTS):
         raise UserError(f"report={min(unknown)} is not one of {', '.join(REPORTS)}")
+    return names
 
 
 def write_reports(names: Sequence[str], predictions: Predictions, index: SplitIndex, folder: Path) -> None:
