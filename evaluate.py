@@ -34,17 +34,7 @@ def run(config: DictConfig) -> None:
     data = instantiate(config.data)
     data.setup("validate")
     subject = subject_of(config, exported)
-    evaluation = evaluate(
-        subject,
-        trainer,
-        data,
-        image_size=config.image_size,
-        crop_fraction=config.data.crop_fraction,
-        test_set=config.test_set,
-        real_labels=config.real_labels,
-        autocast=config.precision != "float32",
-        report=[config.report] if isinstance(config.report, str) else list(config.report or ()),
-    )
+    evaluation = evaluate(subject, trainer, data, config, autocast=config.precision != "float32")
     if trainer.is_global_zero:
         record(config, subject, evaluation)
 

@@ -55,9 +55,7 @@ def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, most often for want of memory: start again with fewer workers"
-            ) from None
+            raise UserError("a worker process was killed, most often for want of memory: use fewer workers") from None
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

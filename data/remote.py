@@ -72,17 +72,17 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     written.
     """
     remote = _Remote(url.rstrip("/"), limits or Limits())
-    content = remote.read_manifest()
+    missing = "not there: a URL needs shards that python -m data.write_shards wrote; copy others to a local folder"
+    content = remote.fetch("manifest.json", missing, remote.storage.cat_file)
     where = f"{remote.url}/manifest.json"
     manifest = parse_manifest(content, where)
     digest = hashlib.sha256(content).hexdigest()
+    entries = [split_entry(manifest, split, where) for split in splits]
     files: list[File] = [{"file": "manifest.json", "sha256": digest}]
-    for entry in (split_entry(manifest, split, where) for split in splits):
-        files += [entry["index"], *entry["shards"]]
+    files += [file for entry in entries for file in (entry["index"], *entry["shards"])]
     if any("sha256" not in file for file in files):
         raise UserError(f"{where}: no checksums (sha256) of the shards: write the shards again")
-    name = remote.url.rpartition("/")[2] or "shards"
-    folder = Path(cache).expanduser() / "staged" / f"{name}-{digest[:16]}"
+    folder = Path(cache).expanduser() / "staged" / f"{remote.url.rpartition('/')[2] or 'shards'}-{digest[:16]}"
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     _download_missing(remote, folder, files)
     return folder
@@ -115,13 +115,13 @@ def _download_missing(remote: "_Remote", folder: Path, files: Sequence[File]) ->
     random.Random().shuffle(missing)  # processes that download the same folder begin with different files
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     hidden = local_rank != "0" or not missing  # one bar a machine
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {remote.url}", disable=hidden) as bar,
-        ThreadPoolExecutor(remote.limits.connections) as pool,
-    ):
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {remote.url}", disable=hidden)
+    with bar, ThreadPoolExecutor(remote.limits.connections) as pool:
+        futures = {pool.submit(remote.download, file, folder): file for file in missing}
         try:
-            for future in as_completed([pool.submit(remote.download, file, folder, bar) for file in missing]):
+            for future in as_completed(futures):
                 future.result()
+                bar.update(futures[future].get("bytes", 0))
         finally:
             remote.stop.set()
 
@@ -133,31 +133,39 @@ class _Remote:
         self.url = url
         self.limits = limits
         self.stop = threading.Event()
+        options: dict[str, Any] = {}
+        protocol = url.partition("://")[0]
+        if protocol in ("http", "https"):
+            # What fsspec leaves to its caller: proxies of the environment, passwords of ~/.netrc, a limit for silence.
+            from aiohttp import ClientTimeout  # what fsspec reads HTTP with
+
+            limit = ClientTimeout(total=None, sock_connect=limits.timeout, sock_read=limits.timeout)
+            configured = conf.get(protocol, {}).get("client_kwargs", {})
+            options = {"client_kwargs": {"trust_env": True, **configured, "timeout": limit}}
         try:
-            self._storage, self._root = url_to_fs(url, **_http_options(url, limits.timeout))
+            self.storage, self._root = url_to_fs(url, **options)
         except (ImportError, ValueError) as error:  # a package that is not installed, a protocol that nobody knows
             raise UserError(f"{url}: {error}") from None
 
-    def read_manifest(self) -> bytes:
-        """The bytes of manifest.json, without which nothing can be checked."""
-        missing = "not there: the folder at a URL must be one that python -m data.write_shards wrote"
-        return self._fetch("manifest.json", f"{missing}; copy other shards to a local folder", self._storage.cat_file)
-
-    def download(self, file: File, folder: Path, bar: tqdm) -> None:
+    def download(self, file: File, folder: Path) -> None:
         """Brings one file to its place, verified, unless another process did so in the meantime."""
 
         def download(path: str) -> None:
-            with atomic_write(folder / file["file"]) as output, _Progress(bar, self.stop) as progress:
-                self._storage.get_file(path, output.name, callback=progress)
+            with atomic_write(folder / file["file"]) as output:
+                self.storage.get_file(path, output.name, callback=Callback(hooks={"stop": self._check_stop}))
                 if file_sha256(output.name) != file["sha256"]:
                     raise ChecksumError("not what manifest.json there describes: upload both again")
 
         with FileLock(folder / "locks" / f"{file['file']}.lock").acquire(cancel_check=self.stop.is_set):
             if not _is_there(folder, file):
-                self._fetch(file["file"], "not there, but the manifest lists it: upload it again", download)
-        bar.update(file.get("bytes", 0))
+                self.fetch(file["file"], "not there, but the manifest lists it: upload it again", download)
 
-    def _fetch(self, name: str, missing: str, action: Callable[[str], T]) -> T:
+    def _check_stop(self, *_: object) -> None:
+        """Called for every piece of a file that arrives."""
+        if self.stop.is_set():
+            raise _Stopped
+
+    def fetch(self, name: str, missing: str, action: Callable[[str], T]) -> T:
         """What `action` makes of a file's path in the storage, at the first attempt that succeeds."""
         url = f"{self.url}/{name}"
         for attempt in range(self.limits.attempts):
@@ -175,33 +183,3 @@ class _Remote:
                 if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _TRANSIENT):
                     raise UserError(f"{url}: refused ({reason})") from None
         raise UserError(f"{url}: {reason} (given up after {self.limits.attempts} attempts): start again to resume")
-
-
-def _http_options(url: str, timeout: float) -> dict[str, Any]:
-    """What fsspec leaves to its caller: proxies of the environment, passwords of ~/.netrc, and a limit for silence."""
-    protocol = url.partition("://")[0]
-    if protocol not in ("http", "https"):
-        return {}
-    from aiohttp import ClientTimeout  # what fsspec reads HTTP with
-
-    configured = conf.get(protocol, {}).get("client_kwargs", {})
-    limit = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-    return {"client_kwargs": {"trust_env": True, **configured, "timeout": limit}}
-
-
-class _Progress(Callback):
-    """Shows the bytes of a download that is under way, and ends it when it is no longer wanted."""
-
-    def __init__(self, bar: tqdm, stop: threading.Event) -> None:
-        super().__init__(hooks={"bar": self._advance})
-        self._bar, self._stop, self._shown = bar, stop, 0
-
-    def _advance(self, size: int | None, value: int) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-        self._bar.update(value - self._shown)
-        self._shown = value
-
-    def close(self) -> None:
-        """Takes the bytes back: the caller counts files that are whole."""
-        self._bar.update(-self._shown)

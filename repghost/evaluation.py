@@ -7,7 +7,6 @@ evaluation.json. Check: `pytest tests/test_evaluation.py`.
 
 import json
 import math
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
 from repghost.reference import published_accuracy
 from repghost.reparameterize import reparameterize
-from repghost.reports import Predictions, require_reports, write_reports
+from repghost.reports import Predictions, report_names, write_reports
 from repghost.results import append_result
 from repghost.run import SELECTIONS, data_name, load_run
 from repghost.test_sets import LabelMap, label_map
@@ -77,7 +76,9 @@ class Evaluation(pl.LightningModule):
         self._extremes = reduce(self._extremes, reduce_op="max")
         if self._keep_predictions:
             columns = [self._from_all_ranks(torch.cat(parts)) for parts in zip(*self._batches, strict=True)]
-            self.predictions = Predictions(*_without_padding(columns))
+            order = columns[0].argsort()  # that of the index
+            order = order[columns[1][order] >= 0]  # without padding
+            self.predictions = Predictions(*(column[order].cpu() for column in columns))
 
     def _from_all_ranks(self, rows: Tensor) -> Tensor:
         """[N, ...] of every rank as [N * ranks, ...]; all ranks have the same N, padding included."""
@@ -89,35 +90,19 @@ class Evaluation(pl.LightningModule):
         """The figures of evaluation.json; accuracies and their intervals in percent."""
         trained, fused = (scores(s) for s in self._sums)
         difference, largest = self._extremes.tolist()
-        two_forms = self.fused is not self.model
-        return {
-            "images": trained.images,
-            **_figures(trained),
-            "fused": {
-                **_figures(fused),
-                "max_abs_logit_diff": difference if two_forms else None,
-                "max_rel_logit_diff": difference / largest if two_forms else None,
-                "top1_flips": int(self._flips) if two_forms else None,
-            },
+        changes = {
+            "max_abs_logit_diff": difference,
+            "max_rel_logit_diff": difference / largest,
+            "top1_flips": int(self._flips),
         }
-
-
-def _without_padding(columns: list[Tensor]) -> list[Tensor]:
-    """The rows that stand for an image, in the order of the index, on the CPU. columns: those of Predictions."""
-    positions, labels = columns[:2]
-    real = labels >= 0
-    order = positions[real].argsort()
-    return [column[real][order].cpu() for column in columns]
+        if self.fused is self.model:
+            changes = dict.fromkeys(changes)
+        return {"images": trained.images, **_figures(trained), "fused": {**_figures(fused), **changes}}
 
 
 def _figures(of: Scores) -> dict[str, Any]:
-    return {
-        "top1": of.top1,
-        "top5": of.top5,
-        "loss": of.loss,
-        "top1_interval": interval(of.top1, of.images),
-        "top5_interval": interval(of.top5, of.images),
-    }
+    intervals = {f"{name}_interval": interval(getattr(of, name), of.images) for name in ("top1", "top5")}
+    return {"top1": of.top1, "top5": of.top5, "loss": of.loss, **intervals}
 
 
 def interval(percent: float, images: int) -> list[float]:
@@ -168,47 +153,39 @@ def subject_of(config: DictConfig, exported: nn.Module | None) -> Subject:
 
 
 def evaluate(
-    subject: Subject,
-    trainer: pl.Trainer,
-    data: DataModule,
-    *,
-    image_size: int,
-    crop_fraction: float,
-    test_set: str | None = None,
-    real_labels: str | None = None,
-    autocast: bool = False,
-    report: Sequence[str] = (),
+    subject: Subject, trainer: pl.Trainer, data: DataModule, config: DictConfig, autocast: bool = False
 ) -> dict[str, Any]:
     """Evaluates a network on the validation images of `data` with the devices of `trainer`.
 
-    test_set, real_labels: what counts as right (see `repghost.test_sets`). autocast: compute in the trainer's
-    precision instead of float32. report: of `repghost.reports`. Returns the content of evaluation.json. Raises
-    UserError when network and data do not fit, or when not every image was counted exactly once.
+    config: of train.py or evaluate.py; the latter's test_set and real_labels say what counts as right, report which
+    files of `repghost.reports` are written. autocast: compute in the trainer's precision instead of float32. Returns
+    the content of evaluation.json. Raises UserError when network and data do not fit, or when not every image was
+    counted exactly once.
     """
-    require_reports(report)
+    reports = report_names(config.get("report"))
     index, metadata = data.index("val"), getattr(subject.network, "metadata", {})
     network = subject.network
     if not isinstance(network, RepGhostNet):
         with torch.device("meta"):
             network = repghostnet(metadata["width"], metadata["num_classes"], fused=True)
-    labels = label_map(test_set, real_labels, index, network.classifier.out_features)
-    evaluation = Evaluation(subject.network, labels, autocast, keep_predictions=bool(report))
+    labels = label_map(config.get("test_set"), config.get("real_labels"), index, network.classifier.out_features)
+    evaluation = Evaluation(subject.network, labels, autocast, keep_predictions=bool(reports))
     trainer.validate(evaluation, datamodule=data, verbose=False)
     results = evaluation.results()
     if results["images"] != (expected := labels.images(len(index))):
         raise UserError(f"evaluated {results['images']} images, but the data set has {expected}")
-    if report and trainer.is_global_zero:
-        write_reports(report, evaluation.predictions, index, subject.folder)
+    if reports and trainer.is_global_zero:
+        write_reports(reports, evaluation.predictions, index, subject.folder)
     return {
         **results,
         "width": float(network.width),
         "params_m": count_parameters(network) / 1e6,
-        "macs_m": count_macs(network, image_size) / 1e6,
-        "image_size": image_size,
+        "macs_m": count_macs(network, config.image_size) / 1e6,
+        "image_size": config.image_size,
         "weights": subject.weights,
         "epoch": subject.epoch,
         "selection": subject.selection,
-        "crop_fraction": crop_fraction,
+        "crop_fraction": config.data.crop_fraction,
         "precision": metadata.get("precision") or (str(trainer.precision) if autocast else "32-true"),
     }
 
@@ -222,15 +199,12 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
             assert isinstance(subject.network, RepGhostNet)
             save_weights(subject.network, directory / "model.safetensors")
             save_weights(reparameterize(subject.network), directory / "model_fused.safetensors")
-        evaluations[selection] = evaluate(
-            subject, trainer, data, image_size=config.image_size, crop_fraction=config.data.crop_fraction
-        )
+        evaluations[selection] = evaluate(subject, trainer, data, config)
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):
-            if not _evaluation_file(
-                directory, evaluation
-            ).exists():  # a run that died between the two adds no row twice
+            # A run that died between the two adds no row twice.
+            if not _evaluation_file(directory, evaluation).exists():
                 append_result(config.results, directory.name, data_name(config), evaluation)
                 write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():

@@ -14,7 +14,6 @@ Check: `pytest tests/test_results.py -k "figure or curve"`.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import BinaryIO
 
 from matplotlib.figure import Figure
 
-from repghost.errors import UserError, run_command
-from repghost.files import atomic_write
+from repghost.errors import run_command
+from repghost.files import atomic_write, read_table
 from repghost.reference import Row, peers, published
 from repghost.results import HEADER, paper_rows, read_results
 
@@ -35,6 +34,7 @@ CURVE_PANELS = (
 # What the official logs measured in the same way; their training loss is of the last batches of an epoch.
 OFFICIAL = ("val_top1", "ema_top1", "train_loss", "lr")
 
+SETTING = ("machine", "device", "backend", "threads", "batch")  # of a measured latency
 # Column of peers.csv, and the axis.
 PANELS = {
     "macs_m": "multiply-accumulates (M)",
@@ -53,14 +53,7 @@ STYLES = {
 
 def read_latency(path: str | Path) -> list[dict[str, str]]:
     """The rows of latency.csv (see benchmarks/latency.py), none when there is no such file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    needed = {"model", "form", "backend", "device", "machine", "threads", "batch", "image_size", "median_ms"}
-    if rows and (missing := needed - rows[0].keys()):
-        raise UserError(f"{path}: not a table of latencies, it has no column {min(missing)}")
-    return rows
+    return read_table(path, (*SETTING, "model", "form", "image_size", "median_ms"), "latencies")
 
 
 def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, float]] | None:
@@ -73,20 +66,17 @@ def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, flo
     for row in rows:
         form = "fused" if row["model"].startswith("repghostnet") else "timm_reparameterized"
         if row["form"] == form and row["image_size"] == "224":
-            key = tuple(row[k] for k in ("machine", "device", "backend", "threads", "batch"))
-            settings.setdefault(key, []).append(row)
+            settings.setdefault(tuple(row[key] for key in SETTING), []).append(row)
 
     def preference(found: list[dict[str, str]]) -> tuple[int, str, int, int]:
         newest = max(row.get("date") or "" for row in found)
         return -int(found[0]["batch"]), newest, len(found), -int(found[0]["threads"])
 
-    with_a_peer = [f for f in settings.values() if len({row["model"].startswith("repghostnet") for row in f}) == 2]
+    with_a_peer = [f for f in settings.values() if len({row["form"] for row in f}) == 2]
     if not with_a_peer:
         return None
     chosen = max(reversed(with_a_peer), key=preference)
-    machine, device, backend, threads, batch = (
-        chosen[0][k] for k in ("machine", "device", "backend", "threads", "batch")
-    )
+    machine, device, backend, threads, batch = (chosen[0][key] for key in SETTING)
     images = "one image" if batch == "1" else f"{batch} images"
     with_threads = f", {threads} thread{'s' * (threads != '1')}" if device == "cpu" else ""
     label = f"latency, {images}, {backend}{with_threads} (ms)\n{machine}"
@@ -106,16 +96,19 @@ def draw_accuracy(
     if measured := measured_latency(latency):
         panels["step_ms"], milliseconds = measured
         networks = [row | {"step_ms": str(milliseconds.get(row["name"].partition(".")[0], ""))} for row in networks]
+    width_of = {row["timm_name"]: float(row["width"]) for row in published()}
+    measured_top1 = _measured(results, data)
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        with_x = sorted((row for row in networks if row[column]), key=lambda row: float(row["top1"]))
         for family, (marker, line, colour) in STYLES.items():
-            of_family = [r for r in networks if r["family"] == family and r[column]]
-            rows = sorted(of_family, key=lambda r: float(r["top1"]))
-            x, y = [float(r[column]) for r in rows], [float(r["top1"]) for r in rows]
+            x, y = ([float(row[key]) for row in with_x if row["family"] == family] for key in (column, "top1"))
             axis.plot(x, y, marker=marker, linestyle=line or "none", color=colour, label=f"{family}, published")
-        for width, point in _points(networks, column).items():
-            axis.annotate(f"{width}x", point, (5, -9), textcoords="offset points", fontsize="x-small")
-        mine = _measured(results, data, _points(networks, column))
-        if mine:
+        x_of = {width_of[row["name"]]: float(row[column]) for row in with_x if row["name"] in width_of}
+        for row in with_x:
+            if width := width_of.get(row["name"]):
+                at = float(row[column]), float(row["top1"])
+                axis.annotate(f"{width}x", at, (5, -9), textcoords="offset points", fontsize="x-small")
+        if mine := [(x_of[width], top1) for width, top1 in measured_top1 if width in x_of]:
             axis.plot(*zip(*mine, strict=True), "*", color="black", mfc="white", ms=15, label="RepGhostNet, measured")
         axis.set(xlabel=label, xmargin=0.1)
         axis.grid(alpha=0.3)
@@ -128,24 +121,11 @@ def draw_accuracy(
     return written
 
 
-def _points(networks: Sequence[dict[str, str]], column: str) -> dict[float, tuple[float, float]]:
-    """Width to (x, published Top-1) of every RepGhostNet that has an x."""
-    ours = [row for row in networks if row["family"] == "RepGhostNet" and row[column]]
-    names = {row["timm_name"]: float(row["width"]) for row in published()}
-    return {names[row["name"]]: (float(row[column]), float(row["top1"])) for row in ours}
-
-
-def _measured(
-    results: Sequence[dict[str, str]], data: str, points: dict[float, tuple[float, float]]
-) -> list[tuple[float, float]]:
-    """(x, Top-1) of every measurement in the paper's table, where `points` has an x of that width."""
-    found = []
-    for row in paper_rows(results, data):
-        cells = dict(zip(HEADER, row, strict=True))
-        for top1 in (cells["last EMA Top-1"], cells["best EMA Top-1"]):
-            if top1 not in ("", "not measured") and float(cells["width"]) in points:
-                found.append((points[float(cells["width"])][0], float(top1)))
-    return found
+def _measured(results: Sequence[dict[str, str]], data: str) -> list[tuple[float, float]]:
+    """(width, Top-1) of every measurement in the paper's table."""
+    rows = [dict(zip(HEADER, row, strict=True)) for row in paper_rows(results, data)]
+    found = [(float(row["width"]), row[key]) for row in rows for key in ("last EMA Top-1", "best EMA Top-1")]
+    return [(width, float(top1)) for width, top1 in found if top1 not in ("", "not measured")]
 
 
 def draw_curve(history: Sequence[Row], official: dict[int, Row] | None, file: BinaryIO) -> None:

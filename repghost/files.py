@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +39,11 @@ def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO
             if isinstance(link, OSError) and link.errno in DISK_FULL:
                 raise OSError(link.errno, link.strerror, str(path)) from None  # a failed write does not say where
         raise
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -52,14 +56,6 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes `text` (UTF-8) by `atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -77,6 +73,17 @@ def read_class_names(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_table(path: str | Path, columns: Collection[str], what: str) -> list[dict[str, str]]:
+    """The rows of a CSV file, none when there is no such file. Raises UserError when it lacks one of `columns`."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := set(columns) - set(reader.fieldnames or ()):
+            raise UserError(f"{path}: not a table of {what}, it has no column {min(missing)}")
+        return list(reader)
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

@@ -17,6 +17,7 @@ from repghost.files import rows_as_csv, write_text
 
 REPORTS = ("classes", "predictions")
 CONFUSED_PAIRS = 100  # rows of confusions.csv
+CONFUSION_COLUMNS = ("label", "class", "predicted_label", "predicted_class", "images", "share")
 Rows = Iterator[dict[str, Any]]
 
 
@@ -29,19 +30,20 @@ class Predictions(NamedTuple):
     probabilities: Tensor  # float32 [N, K]
 
 
-def require_reports(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is not in REPORTS."""
+def report_names(report: str | Sequence[str] | None) -> list[str]:
+    """The names in the value of `report`, a name or several. Raises UserError for one that is not in REPORTS."""
+    names = [report] if isinstance(report, str) else list(report or ())
     if unknown := set(names) - set(REPORTS):
         raise UserError(f"report={min(unknown)} is not one of {', '.join(REPORTS)}")
+    return names
 
 
 def write_reports(names: Sequence[str], predictions: Predictions, index: SplitIndex, folder: Path) -> None:
     """Writes the reports `names` on the predictions for the images of `index` into `folder`."""
     if "classes" in names:
-        columns = ("label", "class", "predicted_label", "predicted_class", "images", "share")
         write_text(folder / "classes.csv", rows_as_csv(list(_class_rows(predictions, index.classes))))
-        confusions = list(_confusion_rows(predictions, index.classes))
-        write_text(folder / "confusions.csv", rows_as_csv(confusions, columns))
+        confusions = rows_as_csv(list(_confusion_rows(predictions, index.classes)), CONFUSION_COLUMNS)
+        write_text(folder / "confusions.csv", confusions)
     if "predictions" in names:
         write_text(folder / "predictions.csv", rows_as_csv(list(_prediction_rows(predictions, index.keys()))))
 
@@ -63,15 +65,8 @@ def _confusion_rows(predictions: Predictions, classes: Sequence[str]) -> Rows:
     for pair in counts.argsort(descending=True, stable=True)[:CONFUSED_PAIRS].tolist():
         if count := int(counts[pair]):
             label, other = divmod(pair, len(classes))
-            share = 100 * count / int(images[label])
-            yield {
-                "label": label,
-                "class": classes[label],
-                "predicted_label": other,
-                "predicted_class": classes[other],
-                "images": count,
-                "share": share,
-            }
+            cells = (label, classes[label], other, classes[other], count, 100 * count / int(images[label]))
+            yield dict(zip(CONFUSION_COLUMNS, cells, strict=True))
 
 
 def _prediction_rows(predictions: Predictions, keys: Sequence[str]) -> Rows:

@@ -7,7 +7,6 @@ nothing is filled in. Check: `pytest tests/test_results.py`.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from repghost.errors import UserError, run_command
-from repghost.files import rows_as_csv, write_text
+from repghost.errors import run_command
+from repghost.files import read_table, rows_as_csv, write_text
 from repghost.reference import IMAGENET, published
 
 COLUMNS = (
@@ -38,35 +37,19 @@ MARKERS = ("<!-- table -->", "<!-- /table -->")  # in a Markdown file, around th
 
 def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[str, Any]) -> None:
     """Adds one finished evaluation (the content of evaluation.json) as a row of the CSV file `path`."""
-    path = Path(path)
-    fused = evaluation["fused"]
-    row = {
-        **evaluation,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "name": name,
-        "data": data,
-        "fused_top1": fused["top1"],
-        "fused_top5": fused["top5"],
-        "top1_flips": fused["top1_flips"],
-        "max_rel_logit_diff": fused["max_rel_logit_diff"],
-    }
+    path, fused = Path(path), evaluation["fused"]
+    about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": _commit(), "name": name, "data": data}
+    row = {**fused, **evaluation, **about, "fused_top1": fused["top1"], "fused_top5": fused["top5"]}
     cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # sweep jobs may finish together
-        rows: list[Mapping[str, Any]] = [*read_results(path), cells]
-        write_text(path, rows_as_csv(rows))
+        write_text(path, rows_as_csv([*read_results(path), cells]))
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
     """The rows of results.csv, none when there is no such file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(_OPTIONAL) - set(reader.fieldnames or ()):
-            raise UserError(f"{path}: not a table of results, it has no column {min(missing)}")
-        return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in reader]
+    rows = read_table(path, set(COLUMNS) - set(_OPTIONAL), "results")
+    return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in rows]
 
 
 HEADER = (
@@ -86,59 +69,44 @@ def paper_rows(results: Sequence[dict[str, str]], data: str) -> list[list[str]]:
         figures = [paper["width"], paper["params_m"], paper["flops_m"]]
         figures += [_points(paper["eval_top1"]), _points(paper["eval_top5"])]
         mine = [r for r in results if r["data"] == data and float(r["width"]) == float(paper["width"])]
-        found = list(_measurements([r for r in mine if _as_published(r)], paper))
+        # At the published size, crop and precision; train.py's rows do not name the latter.
+        mine = [r for r in mine if all(r[key] in ("", value) for key, value in AS_PUBLISHED.items())]
+        found = list(_measurements(mine, float(paper["eval_top1"])))
         rows += [[*figures, *cells] for cells in found or [["not measured", *[""] * (len(HEADER) - 6)]]]
     return rows
 
 
-def _measurements(results: Sequence[dict[str, str]], paper: dict[str, str]) -> Iterator[list[str]]:
-    """For each kind of measurement of one width, the cells of HEADER from `measured` on."""
-    for kind in TOLERANCES:
-        newest = {row["selection"]: row for row in results if kind_of(row) == kind}
+def _measurements(results: Sequence[dict[str, str]], expected: float) -> Iterator[list[str]]:
+    """For each kind of measurement of one width, the cells of HEADER from `measured` on. expected: published Top-1."""
+    for kind, tolerance in TOLERANCES.items():
+        newest = {row["selection"]: row for row in results if _kind(row) == kind}
         last, best = newest.get("last"), newest.get("best_ema" if kind == "training" else "")
         if not (shown := best or last):
             continue
         top1 = [_points(row["top1"]) if row else "not measured" for row in (last, best)]
         if kind == "published weights":  # which are of one epoch
             top1[0] = ""
-        difference = float(shown["top1"]) - float(paper["eval_top1"])
+        difference = float(shown["top1"]) - expected
+        inside = abs(difference) <= tolerance + 0.001  # accuracies are stored with six digits
+        within = f"{'yes' if inside else 'no'} ({tolerance:g})"
+        if int(shown["images"]) != IMAGES:
+            within = f"not of all {IMAGES:,} images"
         yield [
             kind, *top1, _points(shown["top5"]), _points(shown["fused_top1"]), f"{difference:+.2f}",
-            _within(shown, difference), shown["images"], shown["date"], shown["commit"],
+            within, shown["images"], shown["date"], shown["commit"],
         ]  # fmt: skip
 
 
-def kind_of(row: dict[str, str]) -> str:
+def _kind(row: dict[str, str]) -> str:
     """What a row measured, a key of TOLERANCES; of other weights files nobody knows."""
     if row["weights"] == "ema":
         return "training"
     return "published weights" if row["weights"] == "timm" or row["weights"].startswith("official:") else ""
 
 
-def _as_published(row: dict[str, str]) -> bool:
-    """Whether a row was measured at the published size, crop and precision; train.py's rows do not name the latter."""
-    return all(row[key] in ("", value) for key, value in AS_PUBLISHED.items())
-
-
-def _within(measured: dict[str, str], difference: float) -> str:
-    if int(measured["images"]) != IMAGES:
-        return f"not of all {IMAGES:,} images"
-    tolerance = TOLERANCES[kind_of(measured)]
-    inside = abs(difference) <= tolerance + 0.001  # accuracies are stored with six digits
-    return f"{'yes' if inside else 'no'} ({tolerance:g})"
-
-
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same as CSV."""
-    return rows_as_csv([dict(zip(header, row, strict=True)) for row in rows]).rstrip()
-
-
-FORMATS = {"markdown": as_markdown, "csv": as_csv}
 
 
 def write_between_markers(path: str | Path, table: str) -> bool:
@@ -168,11 +136,10 @@ def _points(value: str) -> str:
 
 def _commit() -> str:
     """The short hash of the code's commit, with a + where files differ from it; empty outside a checkout."""
-    folder = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
         return ""
 
 
@@ -181,16 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m repghost.results", description=__doc__)
     parser.add_argument("--results", default="results/results.csv", help="the CSV file (default: %(default)s)")
     parser.add_argument("--data", default="imagenet", help="the data set of the table (default: %(default)s)")
-    parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table (default: %(default)s)")
     parser.add_argument("--readme", help=f"also write the table into this file, between {' and '.join(MARKERS)}")
     options = parser.parse_args(arguments)
     results = read_results(options.results)
-    table = paper_rows(results, options.data)
-    print(FORMATS[options.format](HEADER, table))
-    others = [row for row in results if row["data"] != options.data]
-    if others and options.format == "markdown":
+    table = as_markdown(HEADER, paper_rows(results, options.data))
+    print(table)
+    if others := [row for row in results if row["data"] != options.data]:
         print(f"\nOther runs in {options.results}:\n\n{runs_table(others)}")
-    if options.readme and not write_between_markers(options.readme, as_markdown(HEADER, table)):
+    if options.readme and not write_between_markers(options.readme, table):
         print(f"\n{options.readme} has no lines {' and '.join(MARKERS)}: nothing was written there")
 
 

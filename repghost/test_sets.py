@@ -66,28 +66,25 @@ def label_map(name: str | None, real_labels: str | Path | None, index: SplitInde
     """
     if name is not None and name not in PUBLISHED:
         raise UserError(f"test_set={name} is not one of {', '.join(PUBLISHED)}")
-    if name is None or name == "imagenet_real":
-        if outputs != len(index.classes):
-            raise UserError(f"the weights have {outputs} classes, the data {len(index.classes)}")
-        if name is None:
-            return LabelMap()
-        if real_labels is None:
-            raise UserError("real_labels is missing: give the path of ReaL's real.json, real_labels=FILE")
-        return LabelMap(accepted=_accepted(Path(real_labels), index, outputs))
-    if outputs != len(synsets()):
-        raise UserError(
-            f"{name} is for networks with the {len(synsets())} classes of ImageNet, the weights have {outputs}"
-        )
-    return LabelMap(columns=torch.tensor(class_columns(index.classes)))
+    expected = len(index.classes) if name in (None, "imagenet_real") else len(synsets())
+    if outputs != expected:
+        raise UserError(f"the weights have {outputs} classes, {name or 'the data'} {expected}")
+    if name is None:
+        return LabelMap()
+    if name != "imagenet_real":
+        return LabelMap(columns=torch.tensor(class_columns(index.classes)))
+    if real_labels is None:
+        raise UserError("real_labels is missing: give the path of ReaL's real.json, real_labels=FILE")
+    return LabelMap(accepted=_accepted(Path(real_labels), index, outputs))
 
 
 def class_columns(classes: Sequence[str]) -> list[int]:
     """The label in ImageNet of every class, named by its WordNet id or by its number."""
     label_of = {name: label for label, name in enumerate(synsets())} | {str(n): n for n in range(len(synsets()))}
     if unknown := [name for name in classes if name not in label_of]:
+        hint = "data.class_names=FILE names them"
         raise UserError(
-            f"{len(unknown)} classes of the data are neither WordNet ids nor numbers of ImageNet's 1,000, "
-            f"the first is {unknown[0]}: data.class_names=FILE names them"
+            f"{len(unknown)} classes are no WordNet ids or numbers of ImageNet's 1,000: {unknown[0]}: {hint}"
         )
     return [label_of[name] for name in classes]
 
@@ -101,7 +98,7 @@ def _accepted(path: Path, index: SplitIndex, outputs: int) -> Tensor:
     accepted = torch.zeros(len(index), outputs, dtype=torch.bool)
     for row, key in enumerate(index.keys()):
         match = re.search(r"ILSVRC2012_val_(\d{8})", key)
-        if match is None or not 1 <= int(match[1]) <= len(labels):
+        if not match or not 1 <= int(match[1]) <= len(labels):
             raise UserError(f"{key}: not a name of an ImageNet validation image that {path} has labels for")
         accepted[row, labels[int(match[1]) - 1]] = True
     return accepted

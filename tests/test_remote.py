@@ -219,7 +219,7 @@ STAYING = {
         f"{SHARD}: ChecksumError not what manifest.json there .*given up after 3 attempts",
     ),
     "wrong bytes": (SHARD, "flip", f"{SHARD}: ChecksumError not what manifest.json there .*given up after 3 attempts"),
-    "no manifest": ("manifest.json", 404, "/shards/manifest.json: not there: .* must be one that"),
+    "no manifest": ("manifest.json", 404, "/shards/manifest.json: not there: .* data.write_shards wrote"),
     "closed manifest": ("manifest.json", 401, "manifest.json: refused .*401"),
     "no index": ("train.index.npy", 404, "train.index.npy: not there"),
 }

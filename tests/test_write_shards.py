@@ -26,8 +26,7 @@ from data.digits import prepare_digits
 from data.index import load_index
 from data.write_shards.__main__ import main
 from data.write_shards.archives import list_archives
-from data.write_shards.folder import list_folder
-from data.write_shards.kaggle import list_kaggle
+from data.write_shards.folder import list_folder, list_kaggle
 from data.write_shards.parquet import list_parquet
 from data.write_shards.write import write_folder, write_shards
 from repghost.errors import UserError
@@ -318,8 +317,8 @@ def empty_folder(root: Path) -> str:
 
 
 def one_class(root: Path) -> str:
-    for path in (root / "train").glob("[do]*"):
-        path.rename(root / path.name)
+    for path in root.glob("*/[do]*"):
+        path.rename(root / f"{path.parent.name}_{path.name}")
     return "only one class (cat)"
 
 
@@ -634,7 +633,7 @@ def test_parquet_with_plain_bytes_and_without_names(tmp_path):
 def test_parquet_whose_metadata_has_no_class_names(tmp_path, metadata):
     for split, start in (("train", 0), ("val", 20)):
         write_parquet(tmp_path / "data" / f"{split}-0.parquet", start, 9, metadata)
-    assert list_parquet(tmp_path).classes == ("0", "1", "2")
+    assert list_parquet(tmp_path).classes == ["0", "1", "2"]
 
 
 def test_damaged_parquet(parquet):

@@ -4,15 +4,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.parallel import check_stop
-from data.write_shards.source import SPLITS, Entry, Listing, Source, check_classes, unique_keys
+from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys
 from repghost.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 
 def list_parquet(root: str | Path) -> Listing:
@@ -22,41 +20,35 @@ def list_parquet(root: str | Path) -> Listing:
     are shuffled, then the images of each shard, instead of all images at once. Class names come from the metadata that
     Hugging Face's datasets library writes; without it they are the label numbers.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
-    folder = root / "data" if (root / "data").is_dir() else root
-    files = {split: sorted(map(str, folder.glob(f"{split}*.parquet"))) for split in SPLITS}  # "validation-" too
-    for split in SPLITS:
-        if not files[split]:
-            raise UserError(f"{folder}: no {split}*.parquet in it")
-    with _open_parquet(files["train"][0]) as file:
-        named = _class_names(file.schema_arrow)
-    train, val = (_list_split(split, files[split]) for split in SPLITS)
-    classes = named or tuple(str(label) for label in range(max(entry.label for entry in train.entries) + 1))
-    check_classes(folder, classes)
+    folder = Path(root) / "data" if (Path(root) / "data").is_dir() else Path(root)
+    train, val = (_list_split(split, folder) for split in SPLITS)
+    with _open_parquet(train.entries[0].file) as file:
+        classes = _class_names(file.schema_arrow)
+    classes = classes or [str(label) for label in range(max(entry.label for entry in train.entries) + 1)]
     for entry in (*train.entries, *val.entries):
         if entry.label >= len(classes):
             raise UserError(f"{entry.file}: label {entry.label}, but there are {len(classes)} classes")
-    return Listing(classes, (train, val))
+    return Listing(folder, classes, [train, val])
 
 
-def _class_names(schema: "pa.Schema") -> tuple[str, ...] | None:
+def _class_names(schema: pa.Schema) -> list[str] | None:
     try:
-        return tuple(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
+        return list(json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"])
     except (KeyError, TypeError, ValueError):  # written by another program, or without names
         return None
 
 
-def _list_split(split: str, files: Sequence[str]) -> Source:
+def _list_split(split: str, folder: Path) -> Source:
     entries: list[Entry] = []
     groups = 0
-    for path in files:
+    for path in sorted(map(str, folder.glob(f"{split}*.parquet"))):  # "validation-" too
         row = 0
         with _open_parquet(path) as file:
-            columns = _columns_of_labels(path, file.schema_arrow)
+            if not {"image", "label"} <= set(names := file.schema_arrow.names):
+                raise UserError(f"{path}: has the columns {', '.join(names)}; image and label are needed")
             for group in range(file.num_row_groups):
-                for record in file.read_row_group(group, columns=columns).to_pylist():
+                # The file names of the images where they are stored; pyarrow ignores a column that is not there.
+                for record in file.read_row_group(group, columns=["label", "image.path"]).to_pylist():
                     label, image = record["label"], record.get("image") or {}
                     if not isinstance(label, int) or label < 0:
                         raise UserError(f"{path}: the label of row {row} is {label}, not a class number")
@@ -65,22 +57,8 @@ def _list_split(split: str, files: Sequence[str]) -> Source:
                     row += 1
             groups += file.num_row_groups
     if not entries:
-        raise UserError(f"{files[0]}: no rows")
+        raise UserError(f"{folder}: no {split}*.parquet in it that has rows")
     return Source(split, unique_keys(entries), read_rows, shuffle="row-groups")
-
-
-def _columns_of_labels(path: str, schema: "pa.Schema") -> list[str]:
-    """The label and, where it is stored, the image's file name. Raises UserError unless images are bytes."""
-    import pyarrow as pa
-
-    if not {"image", "label"} <= set(schema.names):
-        raise UserError(f"{path}: has the columns {', '.join(schema.names)}; image and label are needed")
-    image = schema.field("image").type
-    if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        return ["label", "image.path"] if image.get_field_index("path") >= 0 else ["label"]
-    if pa.types.is_binary(image) or pa.types.is_large_binary(image):
-        return ["label"]
-    raise UserError(f"{path}: the column image is {image}, neither bytes nor a struct of them")
 
 
 def read_rows(entries: Sequence[Entry]) -> Iterator[bytes]:
@@ -106,11 +84,8 @@ def read_rows(entries: Sequence[Entry]) -> Iterator[bytes]:
 
 
 @contextmanager
-def _open_parquet(path: str) -> Iterator["pq.ParquetFile"]:
+def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file; damage, also in what is read from it later, is a UserError."""
-    import pyarrow as pa  # slow to import, and only this layout needs it
-    import pyarrow.parquet as pq
-
     try:
         with pq.ParquetFile(path) as file:
             yield file

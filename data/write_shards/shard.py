@@ -75,8 +75,7 @@ def finished_shard(task: Task) -> Shard | None:
     with np.load(task.record) as record:
         if str(record["source"]) != task.digest() or task.path.stat().st_size != record["bytes"]:
             return None
-        numbers = {name: int(record[name]) for name in ("bytes", "converted")}
-        return Shard(rows=record["rows"], sha256=str(record["sha256"]), skipped=record["skipped"].tolist(), **numbers)
+        return Shard(record["rows"], *(record[name].tolist() for name in ("bytes", "sha256", "skipped", "converted")))
 
 
 def write_shard(task: Task) -> Shard:
@@ -100,9 +99,9 @@ def write_shard(task: Task) -> Shard:
     rows, _ = scan_shard(str(task.path))  # what the index says is what lies on the disk
     shard = Shard(rows, task.path.stat().st_size, file_sha256(task.path), skipped, converted)
     # Without object arrays: the record is read without pickle.
-    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_), "source": task.digest()}
+    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_)}
     with atomic_write(task.record) as file:
-        np.savez(file, **record)
+        np.savez(file, **record, source=task.digest())
     return shard
 
 

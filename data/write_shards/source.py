@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -58,18 +59,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set before it is written: class names in label order, and a source for each split."""
+    """A data set before it is written: where it lies, class names in label order, and a source for each split.
 
-    classes: tuple[str, ...]
-    sources: tuple[Source, ...]
+    Raises UserError for a single class.
+    """
 
+    root: str | Path
+    classes: list[str]
+    sources: list[Source]
 
-def check_classes(where: object, classes: Sequence[str]) -> None:
-    """Raises UserError unless there are two classes or more."""
-    if not classes:
-        raise UserError(f"{where}: no class folders in it: expected one folder of images for each class")
-    if len(classes) == 1:
-        raise UserError(f"{where}: only one class ({classes[0]}), so there is nothing to learn")
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise UserError(f"{self.root}: only one class ({''.join(self.classes)}), so there is nothing to learn")
 
 
 def with_class(class_name: str, path: str) -> str:

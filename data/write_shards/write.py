@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def write_shards(
     out = Path(out)
     options = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
     parts = out / "parts"
-    if not parts.exists() and out.exists() and next(out.iterdir(), None) is not None:
+    if not parts.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not begun by this program: choose a new folder")
     parts.mkdir(parents=True, exist_ok=True)
     try:
@@ -91,14 +92,13 @@ def _check_plan(out: Path, listing: Listing, options: Options) -> None:
     """Records what decides the order of the images, so that shards of different runs never mix."""
     path = out / "parts" / "plan.json"
     sources = {source.split: source.digest() for source in listing.sources}
-    now = asdict(options)
-    plan = {"options": now, "classes": list(listing.classes), "sources": sources}
+    plan = {"options": asdict(options), "classes": listing.classes, "sources": sources}
     if path.exists():
         plan = json.loads(path.read_text(encoding="utf-8"))
         for name, earlier in plan["options"].items():
-            if earlier != now[name]:
-                raise UserError(f"{out}: begun with {name} {earlier}, now {now[name]}: keep it or use a new OUT")
-        if plan["classes"] != list(listing.classes):
+            if earlier != (now := getattr(options, name)):
+                raise UserError(f"{out}: begun with {name} {earlier}, now {now}: keep it or use a new OUT")
+        if plan["classes"] != listing.classes:
             differing = sorted(set(plan["classes"]) ^ set(listing.classes)) or ["their order"]
             raise UserError(f"{out}: begun with other classes (differing: {differing[0]}): use a new folder")
         for split, digest in sources.items():
@@ -137,15 +137,13 @@ def _tasks(source: Source, out: Path, options: Options, skip_bad: int) -> list[T
 
 def _write_missing(tasks: dict[str, list[Task]], workers: int, skip_bad: int, quiet: bool) -> dict[str, list[Shard]]:
     """The shards of every split, in order; those that are finished are not written again."""
-    everything = [task for tasks_of_split in tasks.values() for task in tasks_of_split]
+    everything = list(chain(*tasks.values()))
     shards = {task.path: shard for task in everything if (shard := finished_shard(task)) is not None}
     missing = [task for task in everything if task.path not in shards]
-    images = sum(len(task.entries) for task in missing)
     _check_budget(shards.values(), skip_bad)
-    with (
-        tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar,
-        closing(run_parallel(write_shard, missing, min(workers, len(missing)))) as results,
-    ):
+    images = sum(len(task.entries) for task in missing)
+    results = run_parallel(write_shard, missing, min(workers, len(missing)))
+    with tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar, closing(results):
         for number, shard in results:
             shards[missing[number].path] = shard
             bar.update(len(missing[number].entries))
@@ -165,12 +163,8 @@ def _write_manifest(out: Path, listing: Listing, options: Options, written: dict
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.exists() else {}
     for split, shards in written.items():
         splits[split] = _write_index(out, split, shards, len(listing.classes))
-    manifest = {
-        "format": FORMAT,
-        **asdict(options),
-        "classes": list(listing.classes),
-        "splits": {split: splits[split] for split in SPLITS if split in splits},
-    }
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    manifest = {"format": FORMAT, **asdict(options), "classes": listing.classes, "splits": splits}
     write_text(path, json.dumps(manifest, indent=1))
     return manifest
 
@@ -212,6 +206,6 @@ def _report(listing: Listing, manifest: dict[str, Any], written: dict[str, list[
             if number:
                 print(f"{split}: {number:,} {what}")
         if imagenet:
-            expected = IMAGENET[SPLITS.index(split)]
-            verdict = f"{abs(images - expected):,} {'more' if images > expected else 'fewer'}"
-            print(f"{split}: ImageNet has {expected:,} images: {verdict if images != expected else 'equal'}")
+            more = images - (expected := IMAGENET[SPLITS.index(split)])
+            verdict = f"{abs(more):,} {'more' if more > 0 else 'fewer'}" if more else "equal"
+            print(f"{split}: ImageNet has {expected:,} images: {verdict}")

@@ -83,11 +83,8 @@ def standing(row: Row, curve: dict[int, Row]) -> str:
     official = curve.get(int(row["epoch"]))
     if official is None:
         return "the official log ended before this epoch"
-    parts = [
-        f"{name} {row[column] - official[column]:+.2f}"
-        for name, column in (("raw", "val_top1"), ("EMA", "ema_top1"))
-        if column in official
-    ]
+    pairs = {"raw": "val_top1", "EMA": "ema_top1"}
+    parts = [f"{name} {row[key] - official[key]:+.2f}" for name, key in pairs.items() if key in official]
     return f"against the official run {', '.join(parts)} points"
 
 
