@@ -22,9 +22,8 @@ from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
-from repghost.errors import UserError
+from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
 from repghost.training.classifier import HostCopy, ImageClassifier
 from repghost.training.internals import disable_signal_handling, rescale_batches, restart_validation
@@ -52,7 +51,9 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         content = read_checkpoint(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"{path}: a run cannot go on from this, it is {describe(content)}")
+            raise UserError(
+                f"{path}: no checkpoint of this version of train.py (format {FORMAT}); weights=FILE starts from others"
+            )
         return content
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -60,21 +61,6 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def describe(content: Any) -> str:
-    """What the content of a file is that is no checkpoint of this program; a noun phrase."""
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return f"a state dict of {len(content)} tensors (weights=FILE starts a new run from one)"
-    if "pytorch-lightning_version" in content:
-        if "ema" not in content or "history" not in content:
-            return f"a checkpoint of another program, of Lightning {content['pytorch-lightning_version']}"
-        return f"a checkpoint of another version of this program: format {content.get('format', 1)}, not {FORMAT}"
-    if "state_dict" in content and "arch" in content:
-        return f"a checkpoint of timm's training script, of the network {content['arch']}"
-    return f"a dictionary with the keys {', '.join(sorted(map(str, content))[:5]) or '(none)'}"
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -123,15 +109,11 @@ class Checkpoints(Checkpoint):
         steps = torch.as_tensor(pl_module.all_gather(torch.tensor(trainer.global_step)))
         if steps.min() != steps.max():  # gradients of different steps would be mixed, or a rank would wait forever
             raise UserError(
-                f"the ranks resumed at different steps, {steps.min()} to {steps.max()}: "
-                "do all machines see the same output folder?"
+                f"the ranks resumed at different steps, {steps.tolist()}: do all see the same output folder?"
             )
-        if trainer.ckpt_path and trainer.is_global_zero:
+        if path := trainer.ckpt_path:
             batches = trainer.global_step * trainer.accumulate_grad_batches % int(trainer.num_training_batches)
-            print(
-                f"resumed    {trainer.ckpt_path}: epoch {trainer.current_epoch + 1}, {batches} batches are done",
-                flush=True,
-            )
+            print_rank_zero(f"resumed    {path}: epoch {trainer.current_epoch + 1}, {batches} batches are done")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,8 +139,7 @@ class Checkpoints(Checkpoint):
         if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
             self._save(trainer)
         if request == STOP:
-            if trainer.is_global_zero:
-                print("stopped by a signal; the same command goes on from here", flush=True)
+            print_rank_zero("stopped by a signal; the same command goes on from here")
             self.signals.stop()
 
     def _all_reduce(self, trainer: pl.Trainer, request: int) -> int:

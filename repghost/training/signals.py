@@ -106,10 +106,11 @@ def end_workers_at_exit() -> None:
 
     At exit multiprocessing sends SIGTERM to the workers that are left, which ignore it, and joins them.
     """
-    atexit.register(_end_workers)
+    atexit.register(end_workers)
 
 
-def _end_workers() -> None:
+def end_workers() -> None:
+    """Kills the workers of this process."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
     for process in multiprocessing.active_children():
         if process.daemon:

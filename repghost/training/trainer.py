@@ -26,11 +26,6 @@ from repghost.errors import UserError
 from repghost.ranks import choose_devices, environment
 from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
 
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-
-# By device type: the environment variable that names the compiler, and the names that are tried without it.
-_COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
-
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
 
@@ -63,7 +58,6 @@ def make_trainer(
     """
     ignore_warnings()
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
-    ranks = devices * num_nodes
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     _set_up_process(accelerator, threads)
@@ -72,7 +66,7 @@ def make_trainer(
         devices=devices,
         num_nodes=num_nodes,
         precision=PRECISIONS[resolve_precision(precision, accelerator)],  # type: ignore[arg-type]
-        strategy=_distributed(accelerator, timeout_minutes) if ranks > 1 else "auto",
+        strategy=_distributed(accelerator, timeout_minutes) if devices * num_nodes > 1 else "auto",
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
         deterministic=deterministic,
@@ -102,10 +96,10 @@ def _set_up_process(accelerator: str, threads: int | None) -> None:
 
 def resolve_precision(precision: str, accelerator: str) -> str:
     """The precision that `auto` stands for on this machine; any other name is checked and returned."""
-    if precision == "auto":
-        if accelerator != "gpu":
-            return "float32"
+    if precision == "auto" and accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "auto":
+        return "float32"
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} is not one of auto, {', '.join(PRECISIONS)}")
     if precision == "fp16" and accelerator != "gpu":
@@ -119,8 +113,7 @@ def keep_freed_memory() -> None:
     By default every large tensor is mapped afresh and its pages are zeroed when they are touched: a sixth of a
     training step on a CPU (benchmarks/NOTES.md). Costs about 5% more memory at the peak.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -144,7 +137,7 @@ def compiles(wanted: bool | str, device: torch.device) -> bool:
         raise UserError(f"compile={wanted} is not one of auto, true, false")
     if not wanted or (wanted == "auto" and device.type != "cuda"):
         return False
-    problem = _missing_for_compiling(device)
+    problem = _missing_for_compiling(device.type)
     if problem and wanted != "auto":
         raise UserError(f"compile=true is impossible here: {problem}; compile=false goes without")
     if problem:
@@ -163,18 +156,16 @@ def keep_compiled(folder: str | Path) -> None:
 
     torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again.
     """
-    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
-        os.environ[_CACHE] = str(Path(folder).expanduser().resolve())
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser().resolve())
 
 
-def _missing_for_compiling(device: torch.device) -> str | None:
+def _missing_for_compiling(device_type: str) -> str | None:
     """What torch.compile lacks on this machine, None if nothing. torch itself says so only at the first step."""
-    if device.type == "cuda" and not has_triton():
+    variable, names = ("CC", ("cc", "gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if device_type == "cuda" and not has_triton():
         return "there is no Triton for this GPU"
-    variable, names = _COMPILERS["cuda" if device.type == "cuda" else "cpu"]
     if not any(map(shutil.which, [os.environ[variable]] if variable in os.environ else names)):
         return f"no compiler was found ({', '.join(names)}, or the one that {variable} names)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        return f"{header} is missing (the headers of Python, often a package python3-dev)"
-    return None
+    return None if header.exists() else f"{header} is missing (the headers of Python, often a package python3-dev)"
