@@ -35,7 +35,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from repghost.errors import UserError, user_message
 from repghost.training.signals import end_workers
 
-ACCELERATORS = ("auto", "cpu", "gpu")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Function = Callable[[DictConfig], None]
@@ -71,10 +70,9 @@ def external_launcher() -> Launcher | None:
 
 def environment() -> ClusterEnvironment:
     """Lightning's view of the launcher; its own guess would take any shell of SLURM for srun."""
-    launcher = external_launcher()
-    if launcher is None:
-        return LightningEnvironment()
-    return TorchElasticEnvironment() if launcher.name == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    if launcher := external_launcher():
+        return TorchElasticEnvironment() if launcher.name == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
 
 
 def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tuple[str, int]:
@@ -83,8 +81,8 @@ def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tupl
     Raises UserError for devices that this machine lacks, and unless there is or will be a process for each device: a
     rank would wait for those that are missing.
     """
-    if accelerator not in ACCELERATORS:
-        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise UserError(f"trainer.accelerator={accelerator} is not one of auto, cpu, gpu")
     gpus = torch.cuda.device_count()
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
@@ -97,11 +95,9 @@ def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tupl
         raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
-    if launcher and (launcher.devices, launcher.nodes) != (devices, num_nodes):
-        raise UserError(
-            f"{launcher.name} started {launcher.devices} process(es) on each of {launcher.nodes} machine(s), but "
-            f"trainer.devices={devices} and trainer.num_nodes={num_nodes}: they must be the same"
-        )
+    if launcher and launcher[1:] != (devices, num_nodes):
+        started = "{} started {} process(es) on each of {} machine(s)".format(*launcher)
+        raise UserError(f"{started}, not trainer.devices={devices} on each of trainer.num_nodes={num_nodes}")
     if not launcher and num_nodes > 1:
         raise UserError(f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine")
     return accelerator, devices
@@ -142,17 +138,10 @@ def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # its last word on a rank that was killed
     logging.disable()  # what the elastic launcher says about a failure
     with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received:
-        launch = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=devices,
-            run_id="run",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(folder),
-            signals_to_handle="",  # `send` does, however many come
-        )
+        logs = DefaultLogsSpecs(folder)
+        launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=devices, max_restarts=0, logs_specs=logs)
+        launch.rdzv_backend, launch.rdzv_endpoint = "c10d", "localhost:0"
+        launch.signals_to_handle = ""  # `send` does, however many come
         try:
             return max(elastic_launch(launch, _rank)(function, config).values())
         except ChildFailedError as error:
@@ -211,10 +200,9 @@ def signals_passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
         received.append(number)
         send(number)
 
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, handle)
+    # Those that are ignored stay so, as nohup wants.
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield received
     finally:

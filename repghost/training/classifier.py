@@ -94,9 +94,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self._freeze_epochs:
-            self.model.train(
-                self.current_epoch >= self._freeze_epochs
-            )  # frozen, BatchNorm keeps the statistics that the weights came with
+            # Frozen, BatchNorm keeps the statistics that the weights came with.
+            self.model.train(self.current_epoch >= self._freeze_epochs)
             self.model.dropout.train()
         # Dropout differs between ranks; repeating a batch after a resume repeats its dropout.
         torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
@@ -157,27 +156,20 @@ class ImageClassifier(pl.LightningModule):
         raw, averaged = (scores(s) for s in self.trainer.strategy.reduce(self._score_sums, reduce_op="sum"))
         loss, images = self.trainer.strategy.reduce(self._train_sums.clone(), reduce_op="sum").tolist()
         self._train_sums.zero_()
-        row = {
-            "epoch": self.current_epoch,
-            "lr": self.epoch_learning_rate(self.current_epoch),
-            "train_loss": loss / max(images, 1),
-        }
+        epoch, rate = self.current_epoch, self.epoch_learning_rate(self.current_epoch)
+        row = {"epoch": epoch, "lr": rate, "train_loss": loss / max(images, 1)}
         for name, result in (("val", raw), ("ema", averaged)):
             row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1, f"{name}_top5": result.top5}
         self.history.append(row)
         for logger in self.trainer.loggers:
-            logger.log_metrics(row, step=self.current_epoch)
+            logger.log_metrics(row, step=epoch)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sums = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
-        checkpoint |= {
-            "run": self._run,
-            "ema": self.ema.model.state_dict(),
-            "history": self.history,
-            "train_sums": sums,
-        }
+        checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
+        checkpoint["history"] = self.history
+        checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for key, value in self._run.items():
@@ -194,10 +186,11 @@ class ImageClassifier(pl.LightningModule):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weight decay for parameters with more than one dimension that are not biases, none for the rest."""
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": weight_decay}]
+    others: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and not name.endswith(".bias")]["params"].append(parameter)
-    return groups
+        (others if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

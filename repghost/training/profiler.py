@@ -6,7 +6,6 @@ GPU a time of its own, every boundary waits for the GPU: the sum is what the ste
 trace of the next steps waits for nothing. Check: `pytest tests/test_profile.py`.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -42,19 +41,18 @@ class StepProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         if action_name.endswith(".on_validation_start"):  # no part of a step, nor is the end of an epoch
-            self._close(0)
+            self._switch(0)
         elif action_name.endswith("train_dataloader_next") and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self._close(0)
             self._begin_step()
         if self._open and (stage := _stage(action_name)):
-            self._enter(stage)
+            self._switch(len(self._open), stage)
 
     def stop(self, action_name: str) -> None:
         if len(self._open) > 1 and _stage(action_name):
-            self._close(len(self._open) - 1)
+            self._switch(len(self._open) - 1)
 
     def teardown(self, stage: str | None) -> None:
-        self._close(0)
+        self._switch(0)
         if self._begun:
             self._tracer.stop()
         if SKIPPED + 1 < self._begun <= SKIPPED + CLOCKED:
@@ -62,35 +60,30 @@ class StepProfiler(Profiler):
         self._begun = 0
 
     def _begin_step(self) -> None:
+        self._switch(0)
         (self._tracer.step if self._begun else self._tracer.start)()
-        if self._begun == 1:
-            print_rank_zero(f"start      the first step was done {_age():.1f} s after the command")
         if self._begun == SKIPPED + CLOCKED:
             self._write_table(CLOCKED)
         self._begun += 1
         if SKIPPED < self._begun <= SKIPPED + CLOCKED + 1 + TRACED:
-            self._enter(REST)
+            self._switch(0, REST)
 
-    def _enter(self, stage: str) -> None:
-        self._charge()
-        self._open.append((stage, record_function(stage)))
-        self._open[-1][1].__enter__()
+    def _switch(self, depth: int, stage: str | None = None) -> None:
+        """Ends the stages from `depth` on, the innermost first, then begins `stage`.
 
-    def _close(self, depth: int) -> None:
-        """Ends the stages from `depth` on, the innermost first."""
-        self._charge()
+        The time since the last boundary was spent in the innermost one.
+        """
+        if SKIPPED < self._begun <= SKIPPED + CLOCKED:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if self._open:
+                self._spent[self._open[-1][0]] += time.perf_counter() - self._since
         while len(self._open) > depth:
             self._open.pop()[1].__exit__(None, None, None)
-
-    def _charge(self) -> None:
-        """Adds the time since the last boundary to the innermost stage of a step that is clocked."""
-        clocking = self._begun <= SKIPPED + CLOCKED
-        if clocking and self._open and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if clocking and self._open:
-            self._spent[self._open[-1][0]] += now - self._since
-        self._since = now
+        if stage:
+            self._open.append((stage, record_function(stage)))
+            self._open[-1][1].__enter__()
+        self._since = time.perf_counter()
 
     def _write_table(self, steps: int) -> None:
         whole = sum(self._spent.values())
@@ -106,12 +99,6 @@ class StepProfiler(Profiler):
         file = self._directory / "trace.json.gz"
         tracer.export_chrome_trace(str(file))
         print_rank_zero(f"trace      {file}: open it at ui.perfetto.dev")
-
-
-def _age() -> float:
-    """Seconds since this process was started (proc_pid_stat(5), field 22)."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def _stage(action: str) -> str | None:

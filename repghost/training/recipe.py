@@ -1,8 +1,16 @@
-"""A recipe: its values for the training step, and how far a run is from the paper's.
+"""A recipe: its values for the training step, its learning-rate curve, and how far a run is from the paper's.
 
-Check: `pytest tests/test_recipe.py tests/test_classifier.py`.
+The curve is a linear warm-up, then a cosine, constant within an epoch:
+
+    e < warm-up epochs:  start + e (peak - start) / warm-up epochs
+    otherwise:           final + (peak - final) (1 + cos(pi e / epochs)) / 2
+
+The cosine is not shifted by the warm-up. With the paper's values (0.6, 1e-4, 1e-5, 5 of 300 epochs) this is the `lr`
+column of all eight official logs, to the printed digits.
+Check: `pytest tests/test_schedule.py tests/test_recipe.py tests/test_classifier.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +22,6 @@ from repghost.dataset import DataModule
 from repghost.errors import UserError, print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat, resolve_recipe
-from repghost.training.schedule import learning_rate, linear_scale
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
@@ -35,6 +42,18 @@ def require_possible(recipe: Mapping[str, Any]) -> None:
     for key, (interval, holds) in _POSSIBLE.items():
         if recipe[key] is not None and not holds(recipe[key]):
             raise UserError(f"recipe.{key}={recipe[key]} is not in {interval}")
+
+
+def learning_rate(epoch: int, *, epochs: int, peak: float, start: float, final: float, warmup_epochs: int) -> float:
+    """The learning rate of epoch `epoch` (counted from 0) of a run of `epochs` epochs."""
+    if epoch < warmup_epochs:
+        return start + epoch * (peak - start) / warmup_epochs
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def linear_scale(value: float, *, batch_size: int, reference_batch_size: int) -> float:
+    """`value`, stated for `reference_batch_size`, at `batch_size` (Goyal et al., arXiv 1706.02677, section 2.1)."""
+    return value * batch_size / reference_batch_size
 
 
 def epoch_learning_rate(recipe: Mapping[str, Any], epoch: int, *, epochs: int, batch_size: int) -> float:

@@ -11,13 +11,11 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -43,10 +41,8 @@ def make_trainer(
     epochs: int | None = None,
     batch_size: int | None = None,
     accumulate: int = 1,
-    callbacks: Sequence[Callback] = (),
     plugins: Sequence[CheckpointIO] = (),
-    logger: Sequence[Logger] = (),
-    profiler: Profiler | None = None,
+    **options: Any,
 ) -> pl.Trainer:
     """A Trainer with what every run of this project shares.
 
@@ -54,9 +50,9 @@ def make_trainer(
     process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
     has it, fp16 on an older one, float32 on a CPU). threads: of PyTorch in each process, None for PyTorch's choice.
     timeout_minutes: how long a rank waits for the others before it gives up. Only a training has epochs, accumulate and
-    a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts.
+    a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts. options: of
+    pl.Trainer, such as its callbacks.
     """
-    ignore_warnings()
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
@@ -72,18 +68,17 @@ def make_trainer(
         deterministic=deterministic,
         benchmark=not deterministic,
         default_root_dir=directory,
-        callbacks=list(callbacks),
-        logger=list(logger),
-        profiler=profiler,
         plugins=[*plugins, environment()],
         log_every_n_steps=0,  # the loggers get whole epochs
         use_distributed_sampler=False,  # the data module knows the ranks
         num_sanity_val_steps=0,  # it would start the loaders before a resumed run's position is known
         enable_model_summary=False,
+        **{"logger": False, **options},
     )
 
 
 def _set_up_process(accelerator: str, threads: int | None) -> None:
+    ignore_warnings()
     if threads is not None:
         torch.set_num_threads(threads)
     if accelerator == "cpu":
