@@ -174,8 +174,7 @@ def folder_of(config: DictConfig) -> Path:
 
 def top1(folder: Path) -> float | None:
     """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
-    file = folder / "evaluation.json"
-    return float(json.loads(file.read_text())["top1"]) if file.exists() else None
+    return float(json.loads((folder / "evaluation.json").read_text())["top1"]) if is_finished(folder) else None
 
 
 def run_name(config: DictConfig) -> str:
