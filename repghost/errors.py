@@ -26,13 +26,8 @@ def run_command(command: Callable[[], int | None]) -> int:
         line = user_message(error)
         if line is None:
             raise
-        return fail(line)
-
-
-def fail(line: str) -> int:
-    """Prints the one line that a user gets and returns the exit code for it."""
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    return 2
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return 2
 
 
 def print_rank_zero(text: str) -> None:
@@ -49,12 +44,14 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(link, UserError):
             return str(link)
         if isinstance(link, OSError) and link.errno in DISK_FULL:
-            where = link.filename or "a file"
-            return f"{where}: {link.strerror}: free some space and start again; nothing is half written"
+            return (
+                f"{link.filename or 'a file'}: {link.strerror}: free some space, start again; nothing is half written"
+            )
         if isinstance(link, RuntimeError) and str(link).startswith("DataLoader worker (pid"):
             # Raised by torch's handler of a signal, wherever the program is.
-            what = _first_line(link).rstrip(". ")
-            return f"{what} (killed for memory? fewer data.workers or a smaller data.prefetch take less)"
+            return (
+                f"{_first_line(link)} Was it killed for memory? Fewer data.workers or a smaller data.prefetch take less"
+            )
         if type(link).__name__ == "MissingMandatoryValue" and _of_the_config(link):
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if _of_the_config(error) and (_of_the_config(links[-1]) or isinstance(links[-1], TypeError)):
@@ -67,10 +64,8 @@ def user_message(error: BaseException) -> str | None:
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """`error`, what it came from, and so on."""
-    seen: set[int] = set()
     link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
+    while link is not None:
         yield link
         link = link.__cause__ or link.__context__
 

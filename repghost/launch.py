@@ -8,7 +8,6 @@ on where it stopped. Check: `pytest tests/test_sweep.py`.
 import functools
 import inspect
 import itertools
-import math
 import os
 import re
 import signal
@@ -26,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from repghost.errors import UserError, run_command, user_message
+from repghost.errors import UserError, run_command
 from repghost.ranks import external_launcher, signals_passed_on
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
@@ -55,7 +54,10 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                 settings = HydraConfig.get()
                 sweeping = settings.mode == RunMode.MULTIRUN
                 if sweeping and settings.runtime.choices["hydra/launcher"] != "basic":
-                    return _run_here(function, config)
+                    # This process is the job's own, from a launcher such as submitit's.
+                    if code := function(config):
+                        sys.exit(code)
+                    return top1(folder_of(config))
                 # Hydra would add lines of its own to an exception, and go on with the next job.
                 if code := run_command(sweep.run_job if sweeping else lambda: function(config)):
                     sys.exit(code)
@@ -72,25 +74,15 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
     return decorate
 
 
-def _run_here(function: Main, config: DictConfig) -> float | None:
-    """A job of a sweep whose launcher, such as submitit's, has given it this process; returns its Top-1 in percent."""
-    try:
-        if code := function(config):
-            sys.exit(code)
-    except Exception as error:
-        if line := user_message(error):
-            raise UserError(line) from None  # its cause would be lost on the way to the sweep
-        raise
-    return top1(folder_of(config))
-
-
 class Sweep:
     """The jobs of `python PROGRAM -m ...`: starts them, and reports what failed and the table of results at the end."""
 
     def __init__(self, program: Path) -> None:
         self.top1: float | None = None  # of the last job in percent, None if it failed
         self._program = program
-        self._fixed: dict[str, str] | None = None  # the overrides that all jobs share, by key
+        self._count: int | str = 0  # of jobs, once the command line was read; "?" where the sweeper decides
+        self._flags: list[str] = []  # of Hydra's, for every job
+        self._fixed: dict[str, str] = {}  # the overrides that all jobs share, by key
         self._runs: dict[Path, tuple[Sequence[str], DictConfig]] = {}  # swept overrides and config by the run's folder
         self._failures: list[str] = []
 
@@ -101,8 +93,8 @@ class Sweep:
         job, for a sweep under a launcher of ranks and for two jobs that would train in the same folder.
         """
         settings = HydraConfig.get()
-        if self._fixed is None:
-            self._fixed = self._read_command_line(settings)
+        if not self._count:
+            self._read_command_line(settings)
         swept = [override for override in settings.overrides.task if _key(override) not in self._fixed]
         folder, config = self._compose(swept)
         title = f"[{settings.job.num + 1}/{self._count}] {' '.join(swept)}"
@@ -128,37 +120,29 @@ class Sweep:
             print(f"\n{len(self._failures)} failed:", *self._failures, sep="\n", flush=True)
         return int(bool(self._failures))
 
-    def _read_command_line(self, settings: HydraConf) -> dict[str, str]:
-        """The overrides that are not swept, by key, as typed: sweepers write 1e-3 as 0.001, which changes names."""
-        launcher = external_launcher()
-        if launcher or "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+    def _read_command_line(self, settings: HydraConf) -> None:
+        """Takes overrides as typed, for the names: sweepers write 1e-3 as 0.001. Composes all jobs that are known."""
+        if "RANK" in os.environ or "WORLD_SIZE" in os.environ or external_launcher():
             raise UserError(
-                f"-m under {launcher.name if launcher else 'a launcher that sets RANK and WORLD_SIZE'}: ranks of "
-                "different jobs would mix their gradients; start the sweep with python, its jobs start the ranks "
-                "(trainer.devices=N)"
+                "-m under torchrun, srun or others that set RANK: ranks of different jobs would mix their gradients; "
+                "start the sweep with python, its jobs start the ranks (trainer.devices=N)"
             )
         typed = [argument for argument in sys.argv[1:] if _OVERRIDE.match(argument)]
-        flags = [argument for argument in sys.argv[1:] if argument not in (*typed, "-m", "--multirun")]
-        self._command = [sys.executable, str(self._program), *flags]
-        given = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items()] + typed
+        self._flags = [argument for argument in sys.argv[1:] if argument not in (*typed, "-m", "--multirun")]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        overrides = {override.get_key_element(): override for override in parser.parse_overrides(given)}
-        fixed = {
-            key: str(override.input_line) for key, override in overrides.items() if not override.is_sweep_override()
-        }
-        self._fixed = {key: line for key, line in fixed.items() if not _OF_THE_SWEEP.match(key)}
+        overrides = {override.get_key_element(): override for override in parser.parse_overrides(typed)}
+        swept = {key: override for key, override in overrides.items() if override.is_sweep_override()}
+        for key in overrides:
+            if key not in swept and not _OF_THE_SWEEP.match(key):
+                self._fixed[key] = str(overrides[key].input_line)
         self._count = settings.sweeper.get("n_trials") or "?"
         if settings.runtime.choices["hydra/sweeper"] == "basic":
-            swept = [override for override in overrides.values() if override.is_sweep_override()]
-            jobs = [[f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] for o in swept]
-            for job in itertools.product(*jobs):
+            jobs = ([f"{key}={value}" for value in override.sweep_string_iterator()] for key, override in swept.items())
+            for self._count, job in enumerate(itertools.product(*jobs), start=1):
                 self._compose(job)
-            self._count = math.prod(map(len, jobs))
-        return self._fixed
 
     def _compose(self, swept: Sequence[str]) -> tuple[Path, DictConfig]:
         """The folder and the config of a job's run. Raises UserError if the run of another job is in that folder."""
-        assert self._fixed is not None
         name = HydraConfig.get().job.config_name
         config = hydra.compose(name, [*self._fixed.values(), *swept], return_hydra_config=True)
         HydraConfig.instance().set_config(config)  # a run's name depends on it
@@ -172,17 +156,16 @@ class Sweep:
 
     def _start(self, swept: Sequence[str]) -> tuple[int, list[int]]:
         """Runs a job as a process; returns its exit code and the signals that came and were passed on meanwhile."""
-        assert self._fixed is not None
         process: subprocess.Popen[bytes] | None = None
+        group = "-".join(["sweep", *sorted(_key(override).lstrip("+") for override in swept)])
 
         def send(number: int) -> None:
-            if process is not None:
+            if process:
                 process.send_signal(number)
 
-        group = "-".join(["sweep", *sorted(_key(override).lstrip("+") for override in swept)])
         with signals_passed_on(send) as received:
             process = subprocess.Popen(
-                [*self._command, *self._fixed.values(), *swept],
+                [sys.executable, self._program, *self._flags, *self._fixed.values(), *swept],
                 env={"WANDB_RUN_GROUP": group, **os.environ},
                 stdin=subprocess.DEVNULL,  # nobody answers the questions of a sweep
                 start_new_session=True,  # Ctrl-C reaches a job once, through us

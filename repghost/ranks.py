@@ -13,10 +13,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from repghost.errors import UserError, user_message
+from repghost.training.signals import end_workers
 
-ACCELERATORS = ("auto", "cpu", "gpu")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Function = Callable[[DictConfig], None]
@@ -70,10 +70,9 @@ def external_launcher() -> Launcher | None:
 
 def environment() -> ClusterEnvironment:
     """Lightning's view of the launcher; its own guess would take any shell of SLURM for srun."""
-    launcher = external_launcher()
-    if launcher is None:
-        return LightningEnvironment()
-    return TorchElasticEnvironment() if launcher.name == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    if launcher := external_launcher():
+        return TorchElasticEnvironment() if launcher.name == "torchrun" else SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
 
 
 def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tuple[str, int]:
@@ -82,8 +81,8 @@ def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tupl
     Raises UserError for devices that this machine lacks, and unless there is or will be a process for each device: a
     rank would wait for those that are missing.
     """
-    if accelerator not in ACCELERATORS:
-        raise UserError(f"trainer.accelerator={accelerator} is not one of {', '.join(ACCELERATORS)}")
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise UserError(f"trainer.accelerator={accelerator} is not one of auto, cpu, gpu")
     gpus = torch.cuda.device_count()
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
@@ -96,16 +95,11 @@ def choose_devices(accelerator: str, devices: int | str, num_nodes: int) -> tupl
         raise UserError(f"trainer.devices={devices}, trainer.num_nodes={num_nodes}: both are counts from 1 on")
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"trainer.devices={devices}, but this machine has {gpus} GPU(s)")
-    if launcher and (launcher.devices, launcher.nodes) != (devices, num_nodes):
-        raise UserError(
-            f"{launcher.name} started {launcher.devices} process(es) on each of {launcher.nodes} machine(s), but "
-            f"trainer.devices={devices} and trainer.num_nodes={num_nodes}: they must be the same"
-        )
-    if not launcher and num_nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
-        raise UserError(
-            f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine, "
-            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK there"
-        )
+    if launcher and launcher[1:] != (devices, num_nodes):
+        started = "{} started {} process(es) on each of {} machine(s)".format(*launcher)
+        raise UserError(f"{started}, not trainer.devices={devices} on each of trainer.num_nodes={num_nodes}")
+    if not launcher and num_nodes > 1:
+        raise UserError(f"trainer.num_nodes={num_nodes}: start the run with torchrun or srun on every machine")
     return accelerator, devices
 
 
@@ -117,52 +111,37 @@ def run_on_devices(function: Function, config: DictConfig) -> int:
     """
     trainer = config.trainer
     _, devices = choose_devices(trainer.accelerator, trainer.devices, trainer.num_nodes)
-    ranks = devices * trainer.num_nodes
-    accumulate = trainer.get("accumulate", 1)
+    ranks, accumulate = devices * trainer.num_nodes, trainer.get("accumulate", 1)
     if trainer.get("batch_size") and (accumulate < 1 or trainer.batch_size % (ranks * accumulate)):
         raise UserError(
             f"batch_size={trainer.batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
         )
-    if ranks == 1:
-        function(config)
-    elif external_launcher():
-        record(_run_rank)(function, config)  # for torchrun's summary
-    else:
-        return _start_ranks(function, config, devices, trainer.num_nodes)
+    if ranks > 1 and not external_launcher():
+        return _start_ranks(function, config, devices)
+    (record(_run_rank) if ranks > 1 else _run_rank)(function, config)  # record: for torchrun's summary
     return 0
 
 
-def _start_ranks(function: Function, config: DictConfig, devices: int, nodes: int) -> int:
-    """Starts the ranks of this machine under torch's elastic launcher; returns the run's exit code."""
+def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
+    """Starts the ranks under torch's elastic launcher; returns the run's exit code."""
     stopped = OmegaConf.select(config, "checkpoint.exit_code")
 
     def send(number: int) -> None:
         ranks = multiprocessing.active_children()
+        for rank in ranks:
+            os.kill(rank.pid or 0, number)
         if not ranks:
             sys.exit(stopped or 128 + number)
-        for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(rank.pid or 0, number)
 
-    rendezvous: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    if nodes > 1:
-        address, node = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", int(os.environ["NODE_RANK"])
-        rendezvous = {"rdzv_backend": "static", "rdzv_endpoint": address, "rdzv_configs": {"rank": node}}
     # More threads than cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # its last word on a rank that was killed
     logging.disable()  # what the elastic launcher says about a failure
     with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received:
-        launch = LaunchConfig(
-            min_nodes=nodes,
-            max_nodes=nodes,
-            nproc_per_node=devices,
-            run_id="run",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(folder),
-            signals_to_handle="",  # `send` does, however many come
-            **rendezvous,
-        )
+        logs = DefaultLogsSpecs(folder)
+        launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=devices, max_restarts=0, logs_specs=logs)
+        launch.rdzv_backend, launch.rdzv_endpoint = "c10d", "localhost:0"
+        launch.signals_to_handle = ""  # `send` does, however many come
         try:
             return max(elastic_launch(launch, _rank)(function, config).values())
         except ChildFailedError as error:
@@ -192,10 +171,8 @@ def _rank(function: Function, config: DictConfig) -> int:
         _run_rank(function, config)
     except SystemExit as end:
         code = int(end.code or 0)
-    finally:  # multiprocessing would wait for workers, which ignore its SIGTERM
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    finally:
+        end_workers()
     parent = multiprocessing.parent_process()
     if (code and not dist.is_initialized()) or parent is None or not parent.is_alive():
         sys.exit(code or 1)  # to return is to wait for all ranks and for the launcher
@@ -208,7 +185,7 @@ def _run_rank(function: Function, config: DictConfig) -> None:
         function(config)
     except Exception as error:
         if line := user_message(error):
-            raise UserError(line) from None
+            raise UserError(line) from None  # its cause would be lost on the way to a launcher
         if isinstance(error, RuntimeError) and dist.is_initialized():
             time.sleep(_SECONDS_UNTIL_ENDED)
         raise
@@ -223,10 +200,9 @@ def signals_passed_on(send: Callable[[int], None]) -> Iterator[list[int]]:
         received.append(number)
         send(number)
 
-    before = {number: signal.getsignal(number) for number in PASSED_ON}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup does
-            signal.signal(number, handle)
+    # Those that are ignored stay so, as nohup wants.
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield received
     finally:

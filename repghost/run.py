@@ -7,7 +7,7 @@ Check: `pytest tests/test_train.py tests/test_resume.py tests/test_config.py`.
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +60,19 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
 
 
 def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, ...]) -> None:
-    before, now = (OmegaConf.to_container(c, resolve=True) for c in (read_config(directory), config))
-    found = [d for d in _differences(before, now) if not _starts_with(d[0], _MAY_CHANGE)]
+    """Keys that only one of the configs has are those of another version of this project, as its classes' names are."""
+    before = read_config(directory)
+    found: list[tuple[bool, str, Any, Any]] = []
+    for key in flat(before).keys() | flat(config).keys():
+        old, new = (OmegaConf.select(each, key, default=...) for each in (before, config))
+        if old != new and ... not in (old, new) and not _starts_with(key, _MAY_CHANGE) and not key.endswith("_target_"):
+            found.append((_starts_with(key, derived), key, old, new))
     if found:
-        key, old, new = min(found, key=lambda difference: (_starts_with(difference[0], derived), difference[0]))
+        _, key, old, new = min(found, key=lambda difference: difference[:2])
         raise UserError(
             f"{directory} was begun with {key}={old}, this command says {new}: "
             "go on with the old value, or give the new run a name=..."
         )
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) wherever two configs disagree.
-
-    Keys that only one of them has are those of another version of this project, and so are the names of its classes.
-    """
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        if before != now:
-            yield prefix.rstrip("."), before, now
-        return
-    for key in before.keys() & now.keys() - {"_target_"}:
-        yield from _differences(before[key], now[key], f"{prefix}{key}.")
 
 
 def read_config(directory: Path) -> DictConfig:
@@ -132,11 +124,9 @@ def require_values(config: DictConfig) -> None:
 
 def require_numbers(config: DictConfig) -> None:
     """Raises UserError for a word where a number belongs."""
-    for key in ("epochs", "batch_size", "image_size", "seed", "accumulate"):
-        if not isinstance(config[key], int):
-            raise UserError(f"{key}={config[key]}: a whole number is needed")
-    if not isinstance(config.width, int | float):
-        raise UserError(f"width={config.width}: a number is needed, such as 1.0")
+    for key in ("width", "epochs", "batch_size", "image_size", "seed", "accumulate"):
+        if not isinstance(config[key], int) and not (key == "width" and isinstance(config[key], float)):
+            raise UserError(f"{key}={config[key]}: a {'' if key == 'width' else 'whole '}number is needed")
 
 
 def is_finished(directory: Path) -> bool:
@@ -184,8 +174,7 @@ def folder_of(config: DictConfig) -> Path:
 
 def top1(folder: Path) -> float | None:
     """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
-    file = folder / "evaluation.json"
-    return float(json.loads(file.read_text())["top1"]) if file.exists() else None
+    return float(json.loads((folder / "evaluation.json").read_text())["top1"]) if is_finished(folder) else None
 
 
 def run_name(config: DictConfig) -> str:

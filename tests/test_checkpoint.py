@@ -167,24 +167,11 @@ def test_a_run_whose_last_checkpoint_is_damaged_comes_to_the_same(
 
 # -- files of others ---------------------------------------------------------------------------------------------------
 
-FOREIGN = {
-    "weights": ({"conv_stem.weight": torch.zeros(1)}, "a state dict of 1 tensors"),
-    "timm": ({"state_dict": {"a": torch.zeros(1)}, "arch": "resnet18", "epoch": 3}, "timm's training script, .*resnet"),
-    "lightning": ({"pytorch-lightning_version": "1.9", "state_dict": {}}, "another program, of Lightning 1.9"),
-    "older": (
-        {"pytorch-lightning_version": "2.6.6", "ema": {}, "history": []},
-        f"another version of this program: format 1, not {FORMAT}",
-    ),
-    "list": ([1, 2], "a list"),
-    "dictionary": ({"b": 1, "a": 2}, "a dictionary with the keys a, b"),
-}
 
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_checkpoint_is_named(tmp_path: Path, name: str) -> None:
-    saved, said = FOREIGN[name]
+@pytest.mark.parametrize("saved", [[1, 2], {"state_dict": {}}, {"ema": {}, "history": [], "format": FORMAT - 1}])
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path, saved: Any) -> None:
     torch.save(saved, tmp_path / LAST)
-    with pytest.raises(UserError, match=f"cannot go on from this, it is .*{said}"):
+    with pytest.raises(UserError, match=r"last\.ckpt: no checkpoint of this version of train.py"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / LAST)
 
 

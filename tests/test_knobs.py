@@ -123,7 +123,6 @@ BUILT: dict[str, tuple[str, Callable[[Built], Any]]] = {
     "trainer.timeout_minutes": ("3", lambda b: b.trainer.strategy._timeout),  # type: ignore[attr-defined]
     "checkpoint.minutes": ("3", saves),
     "checkpoint.exit_code": ("3", saves),
-    "checkpoint.grace_seconds": ("3", saves),
 }
 # The key, and the files of a run that has all of these.
 FILES = {

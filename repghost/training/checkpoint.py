@@ -1,16 +1,15 @@
 """What is saved, when and how.
 
 `last.ckpt` is written at the end of every epoch, every `minutes` in between, and when a signal stops the run; the
-previous one stays as `previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` are copies of the epoch that was best on the
-validation images. What follows a save (copies of the best, the evaluation) is done again on resume if the process died
-before it. A checkpoint that is saved during a validation resumes at the beginning of that validation.
+previous one stays as `previous.ckpt`. `best_raw.ckpt` and `best_ema.ckpt` hold the epoch that was best on the
+validation images. What follows the last save, the evaluation, is done again on resume if the process died before it. A
+checkpoint that is saved during a validation resumes at the beginning of that validation.
 
 Files are written whole or not at all, their records carry checksums (the CRC32 of the zip format that torch.save
 writes), and they are read with `weights_only=True`, so that nothing in them is executed.
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
-from repghost.errors import UserError
+from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
 from repghost.training.classifier import HostCopy, ImageClassifier
 from repghost.training.internals import disable_signal_handling, rescale_batches, restart_validation
@@ -52,7 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         content = read_checkpoint(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise UserError(f"{path}: a run cannot go on from this, it is {describe(content)}")
+            raise UserError(f"{path}: no checkpoint of this version of train.py; weights=FILE starts a run from it")
         return content
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -60,21 +58,6 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def describe(content: Any) -> str:
-    """What the content of a file is that is no checkpoint of this program; a noun phrase."""
-    if not isinstance(content, dict):
-        return f"a {type(content).__name__}"
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return f"a state dict of {len(content)} tensors (weights=FILE starts a new run from one)"
-    if "pytorch-lightning_version" in content:
-        if "ema" not in content or "history" not in content:
-            return f"a checkpoint of another program, of Lightning {content['pytorch-lightning_version']}"
-        return f"a checkpoint of another version of this program: format {content.get('format', 1)}, not {FORMAT}"
-    if "state_dict" in content and "arch" in content:
-        return f"a checkpoint of timm's training script, of the network {content['arch']}"
-    return f"a dictionary with the keys {', '.join(sorted(map(str, content))[:5]) or '(none)'}"
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -93,20 +76,19 @@ def resume_point(folder: Path) -> Path | None:
 
 
 class Checkpoints(Checkpoint):
-    """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and copies of the best epochs.
+    """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and the best epochs.
 
     signals: to be entered around the training, see StopSignals.
     """
 
-    def __init__(self, folder: Path, minutes: float, exit_code: int, grace_seconds: float) -> None:
+    def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
-        self.signals = StopSignals(exit_code, grace_seconds)
+        self.signals = StopSignals(exit_code)
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
         self._request: HostCopy | None = None
-        self._resumed_at_the_end_of_an_epoch = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         disable_signal_handling(trainer)
@@ -114,24 +96,16 @@ class Checkpoints(Checkpoint):
             remove_leftovers(self._folder.parent)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signals.defer()
-        if self._resumed_at_the_end_of_an_epoch:
-            self._keep_best(trainer, Path(str(trainer.ckpt_path)))
+        self.signals.deferred = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
         steps = torch.as_tensor(pl_module.all_gather(torch.tensor(trainer.global_step)))
         if steps.min() != steps.max():  # gradients of different steps would be mixed, or a rank would wait forever
-            raise UserError(
-                f"the ranks resumed at different steps, {steps.min()} to {steps.max()}: "
-                "do all machines see the same output folder?"
-            )
-        if trainer.ckpt_path and trainer.is_global_zero:
+            raise UserError(f"the ranks resumed at steps {steps.tolist()}: do all machines see the same output folder?")
+        if path := trainer.ckpt_path:
             batches = trainer.global_step * trainer.accumulate_grad_batches % int(trainer.num_training_batches)
-            print(
-                f"resumed    {trainer.ckpt_path}: epoch {trainer.current_epoch + 1}, {batches} batches are done",
-                flush=True,
-            )
+            print_rank_zero(f"resumed    {path}: epoch {trainer.current_epoch + 1}, {batches} batches are done")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,20 +119,20 @@ class Checkpoints(Checkpoint):
         self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-        self._keep_best(trainer, self._folder / LAST)
-        trainer.strategy.barrier()
+        # Before last.ckpt: a process that dies in between trains the rest of the epoch again, and saves them again.
+        history = _classifier(trainer).history
+        for name, column in BEST.items():
+            if history[-1][column] >= max(row[column] for row in history):
+                self._save(trainer, name)
+        self._save(trainer, LAST)
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
         due = time.monotonic() - self._saved >= self._seconds
         request = self._all_reduce(trainer, STOP if self.signals.received else SAVE if due else GO_ON)
-        if request == STOP:
-            self.signals.answered()
         if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
-            self._save(trainer)
+            self._save(trainer, LAST)
         if request == STOP:
-            if trainer.is_global_zero:
-                print("stopped by a signal; the same command goes on from here", flush=True)
+            print_rank_zero("stopped by a signal; the same command goes on from here")
             self.signals.stop()
 
     def _all_reduce(self, trainer: pl.Trainer, request: int) -> int:
@@ -173,20 +147,11 @@ class Checkpoints(Checkpoint):
         previous, self._request = self._request, HostCopy(largest)
         return GO_ON if previous is None else int(previous.read())
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
         _classifier(trainer).require_finite_loss()
-        trainer.save_checkpoint(self._folder / LAST)
+        trainer.save_checkpoint(self._folder / name)
         self._saved = time.monotonic()
         self._request = None  # fulfilled
-
-    def _keep_best(self, trainer: pl.Trainer, checkpoint: Path) -> None:
-        """Copies the checkpoint at the end of an epoch when that is the best one so far."""
-        if trainer.is_global_zero:
-            for name, column in BEST.items():
-                values = [row[column] for row in _classifier(trainer).history]
-                if values[-1] >= max(values):
-                    with open(checkpoint, "rb") as source, atomic_write(self._folder / name) as target:
-                        shutil.copyfileobj(source, target)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
@@ -194,8 +159,6 @@ class Checkpoints(Checkpoint):
             restart_validation(checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        epochs_done = checkpoint["global_step"] / checkpoint["run"]["steps_per_epoch"]
-        self._resumed_at_the_end_of_an_epoch = len(checkpoint["history"]) == epochs_done
         # A step may be cut into another number of batches than before.
         rescale_batches(checkpoint, checkpoint["accumulate"], trainer.accumulate_grad_batches)
 

@@ -22,7 +22,7 @@ from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
 from repghost.training.ema import WeightAverage
 from repghost.training.internals import copy_all
-from repghost.training.recipe import Recipe
+from repghost.training.recipe import ema_decay, epoch_learning_rate, require_possible
 from repghost.training.trainer import compile_step, compiles
 
 
@@ -47,40 +47,33 @@ class ImageClassifier(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self._recipe = Recipe.of(recipe)
-        self._epochs, self._batch_size, self._seed = epochs, batch_size, seed
-        self._freeze_epochs = freeze_epochs
-        self._compile = compile
+        require_possible(recipe)
+        self._recipe, self._epochs, self._batch_size, self._seed = recipe, epochs, batch_size, seed
+        self._freeze_epochs, self._compile, self._smoothing = freeze_epochs, compile, float(recipe["label_smoothing"])
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
-        self.ema = WeightAverage(self.model, self._recipe.decay(epochs * steps_per_epoch))
+        self.ema = WeightAverage(self.model, ema_decay(recipe, epochs * steps_per_epoch))
         self.history: list[dict[str, float]] = []
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
         self._last_step: tuple[HostCopy, int, int, Tensor] | None = None  # loss is finite, epoch, batch, positions
         self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
         # What a checkpoint must agree with; config.yaml, which says more, may have been lost.
-        self._run = {
-            "width": model.width,
-            "classes": model.classifier.out_features,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "steps_per_epoch": steps_per_epoch,
-            "seed": seed,
-        }
+        self._run = {"width": model.width, "classes": model.classifier.out_features, "epochs": epochs}
+        self._run |= {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "seed": seed}
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
     def epoch_learning_rate(self, epoch: int) -> float:
         """The learning rate of `epoch`, scaled to the batch size."""
-        return self._recipe.rate(epoch, epochs=self._epochs, batch_size=self._batch_size)
+        return epoch_learning_rate(self._recipe, epoch, epochs=self._epochs, batch_size=self._batch_size)
 
     def configure_optimizers(self) -> Optimizer:
         """SGD with Nesterov momentum."""
         return SGD(
-            parameter_groups(self.model, self._recipe.weight_decay),
+            parameter_groups(self.model, self._recipe["weight_decay"]),
             lr=self.epoch_learning_rate(0),
-            momentum=self._recipe.momentum,
-            nesterov=self._recipe.momentum > 0,
+            momentum=self._recipe["momentum"],
+            nesterov=self._recipe["momentum"] > 0,
             # Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD.
             fused=self.device.type == "cuda" or None,
         )
@@ -101,7 +94,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self._freeze_epochs:
-            self.model.train(not self._frozen)  # frozen, BatchNorm keeps the statistics that the weights came with
+            # Frozen, BatchNorm keeps the statistics that the weights came with.
+            self.model.train(self.current_epoch >= self._freeze_epochs)
             self.model.dropout.train()
         # Dropout differs between ranks; repeating a batch after a resume repeats its dropout.
         torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
@@ -115,26 +109,20 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        return smoothed_cross_entropy(self.model(images), labels, self._recipe.label_smoothing)
+        return smoothed_cross_entropy(self.model(images), labels, self._smoothing)
 
     def require_finite_loss(self) -> None:
         """Raises UserError when the loss of the last step was not finite; waits for that step."""
-        if self._last_step is None:
-            return
-        finite, epoch, batch, positions = self._last_step
-        if not finite.read():
+        if self._last_step and not self._last_step[0].read():
+            _, epoch, batch, positions = self._last_step
             raise UserError(
                 f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
                 f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
                 "start a new run with a smaller learning rate or another precision"
             )
 
-    @property
-    def _frozen(self) -> bool:
-        return self.current_epoch < self._freeze_epochs
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self._frozen:
+        if self.current_epoch < self._freeze_epochs:
             # Without a gradient SGD leaves a parameter and its momentum alone.
             for name, parameter in self.model.named_parameters():
                 if not name.startswith("classifier."):
@@ -168,26 +156,18 @@ class ImageClassifier(pl.LightningModule):
         raw, averaged = (scores(s) for s in self.trainer.strategy.reduce(self._score_sums, reduce_op="sum"))
         loss, images = self.trainer.strategy.reduce(self._train_sums.clone(), reduce_op="sum").tolist()
         self._train_sums.zero_()
-        row = {
-            "epoch": self.current_epoch,
-            "lr": self.epoch_learning_rate(self.current_epoch),
-            "train_loss": loss / max(images, 1),
-            "val_loss": raw.loss,
-            "val_top1": raw.top1,
-            "val_top5": raw.top5,
-            "ema_loss": averaged.loss,
-            "ema_top1": averaged.top1,
-            "ema_top5": averaged.top5,
-        }
+        epoch, rate = self.current_epoch, self.epoch_learning_rate(self.current_epoch)
+        row = {"epoch": epoch, "lr": rate, "train_loss": loss / max(images, 1)}
+        for name, result in (("val", raw), ("ema", averaged)):
+            row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1, f"{name}_top5": result.top5}
         self.history.append(row)
         for logger in self.trainer.loggers:
-            logger.log_metrics(row, step=self.current_epoch)
+            logger.log_metrics(row, step=epoch)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = self._run
-        checkpoint["ema"] = self.ema.model.state_dict()
+        checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
         checkpoint["history"] = self.history
         checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
 
@@ -206,11 +186,10 @@ class ImageClassifier(pl.LightningModule):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weight decay for parameters with more than one dimension that are not biases, none for the rest."""
-    decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (others if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+        (others if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 

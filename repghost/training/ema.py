@@ -13,8 +13,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from repghost.training.internals import copy_all
 
-Pairs = tuple[list[Tensor], list[Tensor]]
-
 
 class WeightAverage:
     """Keeps `model`, the averaged twin of a training model, in evaluation mode.
@@ -27,33 +25,26 @@ class WeightAverage:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._average = get_ema_multi_avg_fn(decay)
-        self._tensors: tuple[Pairs, Pairs] | None = None
+        self._tensors: list[tuple[list[Tensor], list[Tensor]]] = []  # floating-point ones, integers: average and model
 
     def to(self, device: torch.device) -> None:
         """Moves the average; to be called after the training model was moved."""
         self.model.to(device)
-        self._tensors = None
+        self._tensors = []
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """average <- decay * average + (1 - decay) * model, over every parameter and floating-point buffer.
 
         The tensors are looked up at the first call: later calls must pass the same model, and it must not have moved to
-        another device without this average.
+        another device without this average. An optimizer's step and `load_state_dict` write into the same tensors.
         """
-        if self._tensors is None:
-            self._tensors = _pairs(self.model, model)
-        floating, counts = self._tensors
-        self._average(*floating, 0)  # the last argument, a number of updates, is not read
+        if not self._tensors:
+            pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.model, model)), strict=True))
+            for floating in (True, False):
+                found = [pair for pair in pairs if pair[0].is_floating_point() is floating]
+                self._tensors.append(([average for average, _ in found], [current for _, current in found]))
+        floats, counts = self._tensors
+        self._average(*floats, 0)  # the last argument, a number of updates, is not read
         if counts[0]:
             copy_all(*counts)
-
-
-def _pairs(average: nn.Module, model: nn.Module) -> tuple[Pairs, Pairs]:
-    """Tensors of the average and, in the same order, of the model: floating-point ones; integers.
-
-    The parameters and buffers themselves: an optimizer's step and `load_state_dict` write into them.
-    """
-    pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (average, model)), strict=True))
-    floating, counts = ([p for p in pairs if p[0].is_floating_point() is kind] for kind in (True, False))
-    return ([a for a, _ in floating], [b for _, b in floating]), ([a for a, _ in counts], [b for _, b in counts])

@@ -8,8 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir as _default_cache_dir
-from torch.utils._triton import has_triton as _has_triton
+
+# Where torch keeps compiled code unless TORCHINDUCTOR_CACHE_DIR says otherwise. torch writes this default into the
+# variable as soon as the compiler is imported, so a value there need not be the user's.
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir as default_cache_dir
+
+# Whether torch.compile can use Triton here: torch.compile itself says so only at the first step.
+from torch.utils._triton import has_triton as has_triton
 
 # Beginnings of warnings that are about Lightning's own internals, or about a sampler that it does not know.
 WARNINGS = (
@@ -37,13 +42,6 @@ STAGE_OF_ACTION = {
 
 # One kernel for a list of tensors. torch.optim exposes it for averaging (get_ema_multi_avg_fn), not for copying.
 copy_all = torch._foreach_copy_
-
-# Where torch keeps compiled code unless TORCHINDUCTOR_CACHE_DIR says otherwise. torch writes this default into the
-# variable as soon as the compiler is imported, so a value there need not be the user's.
-default_cache_dir = _default_cache_dir
-
-# Whether torch.compile can use Triton here: torch.compile itself says so only at the first step.
-has_triton = _has_triton
 
 
 def ignore_warnings() -> None:

@@ -7,8 +7,7 @@ Check: `pytest tests/test_train.py tests/test_sweep.py`.
 import secrets
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Mapping
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +35,23 @@ class GuardedLogger(Logger):
         super().__init__()
         self._logger: Logger | None = logger
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._pass("log_metrics", metrics, step)
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        self._pass("log_hyperparams", params)
-
-    def save(self) -> None:
-        self._pass("save")
-
-    def finalize(self, status: str) -> None:
-        self._pass("finalize", status)
-        self._logger = None  # a Trainer finalizes once more after each evaluation
-
     @rank_zero_only
-    def _pass(self, method: str, *arguments: Any) -> None:
+    def _pass(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._logger is None:
             return
         try:
-            getattr(self._logger, method)(*arguments)
+            getattr(self._logger, method)(*arguments, **options)
+            if method == "finalize":  # a Trainer finalizes once more after each evaluation
+                self._logger = None
         except Exception as error:
             name, self._logger = type(self._logger).__name__, None
             reason = " ".join(str(error).split()) or type(error).__name__
             print(f"{name} failed and is left out from here on, the run goes on: {reason}", flush=True)
+
+    log_metrics = partialmethod(_pass, "log_metrics")
+    log_hyperparams = partialmethod(_pass, "log_hyperparams")
+    save = partialmethod(_pass, "save")
+    finalize = partialmethod(_pass, "finalize")
 
 
 class RunWandbLogger(WandbLogger):
@@ -115,25 +108,23 @@ class RunFiles(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # An epoch that is entered in its middle is not announced by on_train_epoch_start.
-        self.on_train_epoch_start(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         self._batches = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    on_train_start = on_train_epoch_start  # which an epoch that is entered in its middle does not call
+
+    def on_train_batch_end(self, *_: Any) -> None:
         self._batches += 1
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         self._validating = time.perf_counter()
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ImageClassifier)
         now, row = time.perf_counter(), pl_module.history[-1]
-        seconds = self._validating - self._started
+        epoch, seconds = int(row["epoch"]), self._validating - self._started
         speed = self._batches * pl_module.images_per_batch / seconds
         write_text(self._directory / "metrics.csv", rows_as_csv(pl_module.history))
         timing = {
@@ -145,14 +136,14 @@ class RunFiles(Callback):
         with open(self._directory / "timing.csv", "a") as file:
             header, _, line = rows_as_csv([timing]).partition("\n")
             file.write(line if file.tell() else f"{header}\n{line}")
-        if self.official and row["epoch"] in self.official:
-            official = {f"official_{k}": v for k, v in self.official[int(row["epoch"])].items() if k != "epoch"}
+        if self.official and epoch in self.official:
+            official = {f"official_{k}": v for k, v in self.official[epoch].items() if k != "epoch"}
             for logger in trainer.loggers:
-                logger.log_metrics(official, step=int(row["epoch"]))
+                logger.log_metrics(official, step=epoch)
         if now - self._curve_drawn >= self._curve_seconds:
-            self._draw(pl_module)
+            self.on_train_end(trainer, pl_module)
         print(
-            f"epoch {row['epoch'] + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
+            f"epoch {epoch + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
             f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s"
             + (f"  {standing(row, self.official)}" if self.official else ""),
             flush=True,
@@ -161,12 +152,9 @@ class RunFiles(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ImageClassifier)
-        self._draw(pl_module)
-
-    def _draw(self, classifier: ImageClassifier) -> None:
-        if classifier.history:
+        if pl_module.history:
             with atomic_write(self._directory / "curve.png") as file:
-                draw_curve(classifier.history, self.official, file)
+                draw_curve(pl_module.history, self.official, file)
         self._curve_drawn = time.perf_counter()
 
 
@@ -177,7 +165,7 @@ class SpeedBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate if sys.stderr.isatty() else 0)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        shown = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         rate = self.train_progress_bar.format_dict["rate"]
         if rate and isinstance(pl_module, ImageClassifier):
             shown["images/s"] = f"{rate * pl_module.images_per_batch:,.0f}"

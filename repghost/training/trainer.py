@@ -11,13 +11,11 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -25,11 +23,6 @@ from torch import Tensor
 from repghost.errors import UserError
 from repghost.ranks import choose_devices, environment
 from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
-
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-
-# By device type: the environment variable that names the compiler, and the names that are tried without it.
-_COMPILERS = {"cuda": ("CC", ("cc", "gcc", "clang")), "cpu": ("CXX", ("g++", "clang++"))}
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
@@ -48,10 +41,8 @@ def make_trainer(
     epochs: int | None = None,
     batch_size: int | None = None,
     accumulate: int = 1,
-    callbacks: Sequence[Callback] = (),
     plugins: Sequence[CheckpointIO] = (),
-    logger: Sequence[Logger] = (),
-    profiler: Profiler | None = None,
+    **options: Any,
 ) -> pl.Trainer:
     """A Trainer with what every run of this project shares.
 
@@ -59,11 +50,10 @@ def make_trainer(
     process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
     has it, fp16 on an older one, float32 on a CPU). threads: of PyTorch in each process, None for PyTorch's choice.
     timeout_minutes: how long a rank waits for the others before it gives up. Only a training has epochs, accumulate and
-    a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts.
+    a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts. options: of
+    pl.Trainer, such as its callbacks.
     """
-    ignore_warnings()
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
-    ranks = devices * num_nodes
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
     _set_up_process(accelerator, threads)
@@ -72,24 +62,23 @@ def make_trainer(
         devices=devices,
         num_nodes=num_nodes,
         precision=PRECISIONS[resolve_precision(precision, accelerator)],  # type: ignore[arg-type]
-        strategy=_distributed(accelerator, timeout_minutes) if ranks > 1 else "auto",
+        strategy=_distributed(accelerator, timeout_minutes) if devices * num_nodes > 1 else "auto",
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
         deterministic=deterministic,
         benchmark=not deterministic,
         default_root_dir=directory,
-        callbacks=list(callbacks),
-        logger=list(logger),
-        profiler=profiler,
         plugins=[*plugins, environment()],
         log_every_n_steps=0,  # the loggers get whole epochs
         use_distributed_sampler=False,  # the data module knows the ranks
         num_sanity_val_steps=0,  # it would start the loaders before a resumed run's position is known
         enable_model_summary=False,
+        **{"logger": False, **options},
     )
 
 
 def _set_up_process(accelerator: str, threads: int | None) -> None:
+    ignore_warnings()
     if threads is not None:
         torch.set_num_threads(threads)
     if accelerator == "cpu":
@@ -102,10 +91,10 @@ def _set_up_process(accelerator: str, threads: int | None) -> None:
 
 def resolve_precision(precision: str, accelerator: str) -> str:
     """The precision that `auto` stands for on this machine; any other name is checked and returned."""
-    if precision == "auto":
-        if accelerator != "gpu":
-            return "float32"
+    if precision == "auto" and accelerator == "gpu":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "auto":
+        return "float32"
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision} is not one of auto, {', '.join(PRECISIONS)}")
     if precision == "fp16" and accelerator != "gpu":
@@ -119,8 +108,7 @@ def keep_freed_memory() -> None:
     By default every large tensor is mapped afresh and its pages are zeroed when they are touched: a sixth of a
     training step on a CPU (benchmarks/NOTES.md). Costs about 5% more memory at the peak.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -144,7 +132,7 @@ def compiles(wanted: bool | str, device: torch.device) -> bool:
         raise UserError(f"compile={wanted} is not one of auto, true, false")
     if not wanted or (wanted == "auto" and device.type != "cuda"):
         return False
-    problem = _missing_for_compiling(device)
+    problem = _missing_for_compiling(device.type)
     if problem and wanted != "auto":
         raise UserError(f"compile=true is impossible here: {problem}; compile=false goes without")
     if problem:
@@ -163,18 +151,16 @@ def keep_compiled(folder: str | Path) -> None:
 
     torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again.
     """
-    if os.environ.get(_CACHE, default_cache_dir()) == default_cache_dir():
-        os.environ[_CACHE] = str(Path(folder).expanduser().resolve())
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser().resolve())
 
 
-def _missing_for_compiling(device: torch.device) -> str | None:
+def _missing_for_compiling(device_type: str) -> str | None:
     """What torch.compile lacks on this machine, None if nothing. torch itself says so only at the first step."""
-    if device.type == "cuda" and not has_triton():
+    variable, names = ("CC", ("cc", "gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if device_type == "cuda" and not has_triton():
         return "there is no Triton for this GPU"
-    variable, names = _COMPILERS["cuda" if device.type == "cuda" else "cpu"]
     if not any(map(shutil.which, [os.environ[variable]] if variable in os.environ else names)):
         return f"no compiler was found ({', '.join(names)}, or the one that {variable} names)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        return f"{header} is missing (the headers of Python, often a package python3-dev)"
-    return None
+    return None if header.exists() else f"{header} is missing (the headers of Python, often a package python3-dev)"
