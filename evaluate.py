@@ -29,7 +29,7 @@ def run(config: DictConfig) -> None:
     """Evaluates what `config` names, as one of its ranks."""
     exported = None
     if is_exported(config.weights):
-        exported = open_exported(config.weights, config.image_size, config.precision)
+        exported = open_exported(config.weights, config.image_size, config.precision, config.data.augment)
     trainer = instantiate(config.trainer)(directory=Path.cwd(), callbacks=[SpeedBar(refresh_rate=1)])
     data = instantiate(config.data)
     data.setup("validate")
