@@ -10,7 +10,6 @@ that differs by too much is an error (see `repghost.export.check`). INT8 also le
 Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -24,11 +23,11 @@ from PIL import Image
 
 from repghost.errors import UserError, run_command
 from repghost.export import formats
-from repghost.export.check import compare, inputs_of, int8_report, int8_summary
+from repghost.export.check import compare, inputs_of, int8_report
 from repghost.export.formats import Deployable, Deployment
 from repghost.export.hub import export_hub
 from repghost.export.runtimes import open_written, quiet, require
-from repghost.files import TEMPORARY, write_text
+from repghost.files import TEMPORARY
 from repghost.images import Preprocessing, calibration_images, sample_images
 from repghost.model import RepGhostNet
 from repghost.options import PATH, SWITCH, WHOLE, NetworkOptions, Values, one_of, open_network, option, parse
@@ -114,11 +113,7 @@ def export(options: Options) -> Path:
         if options.format == "coreml":
             print("not run: Core ML runs on macOS only")
         elif options.int8:
-            report = {"file": str(out), "calibration": str(options.calibration)}
-            report |= int8_report(model, open_written(written, model.width), images, deployment)
-            path = out.with_suffix(".int8.json")
-            write_text(path, json.dumps(report, indent=2) + "\n")
-            print(int8_summary(report, path, preprocessing))
+            print(int8_report(model, open_written(written, model.width), images, deployment, out, source))
         else:
             print(f"{compare(model, open_written(written, model.width), images, deployment)}; checked on {what}")
         if written.is_dir():

@@ -7,6 +7,7 @@ bound: what it loses is reported, and what the quantization of each layer alone 
 Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from repghost.errors import UserError
 from repghost.export.formats import Deployable, Deployment
 from repghost.export.runtimes import ExportedModel
-from repghost.images import Preprocessing
+from repghost.files import write_text
 from repghost.model import RepGhostNet
+
+Images = Sequence[Image.Image]
 
 TOLERANCE = 1e-4  # of float32 logits, absolute
 TOLERANCE_FLOAT16 = 2e-2  # of the largest logit
@@ -29,7 +32,7 @@ EXAMINED = 32  # calibration images that every layer's loss is measured on
 SHOWN = 5  # layers in the summary of an INT8 report
 
 
-def inputs_of(images: Sequence[Image.Image], deployment: Deployment) -> list[Tensor]:
+def inputs_of(images: Images, deployment: Deployment) -> list[Tensor]:
     """The images as inputs of an export.
 
     A batch of fixed size is filled up with the first ones; where sizes differ, every batch is of one image.
@@ -50,7 +53,7 @@ def inputs_of(images: Sequence[Image.Image], deployment: Deployment) -> list[Ten
 
 
 @torch.no_grad()
-def compare(network: RepGhostNet, model: ExportedModel, images: Sequence[Image.Image], deployment: Deployment) -> str:
+def compare(network: RepGhostNet, model: ExportedModel, images: Images, deployment: Deployment) -> str:
     """How far an export is from the fused `network` in torch, in words. Raises UserError when that is too far.
 
     Where a batch of any size goes in, each image is also compared together with its mirror image.
@@ -75,31 +78,30 @@ def compare(network: RepGhostNet, model: ExportedModel, images: Sequence[Image.I
 
 @torch.no_grad()
 def int8_report(
-    network: RepGhostNet, model: ExportedModel, images: Sequence[Image.Image], deployment: Deployment
-) -> dict[str, Any]:
-    """What INT8 loses of the fused `network`: agreement of the Top-1 in percent, signal to noise, the loss by layer."""
+    network: RepGhostNet, model: ExportedModel, images: Images, deployment: Deployment, out: Path, source: Path | None
+) -> str:
+    """What INT8 loses of the fused `network`, in words: agreement of the Top-1, signal to noise, the loss by layer.
+
+    All of it is written beside `out`, as .int8.json. source: the folder or shard of the calibration images. Raises
+    UserError when outputs are not finite.
+    """
     inputs, reference = inputs_of(images, deployment), Deployable.of(network, deployment)
     expected, found = (torch.cat([net(x) for x in inputs])[: len(images)] for net in (reference, model))
     if not bool(found.isfinite().all()):
         raise UserError("the export is wrong, nothing was written: its outputs are not finite")
-    normalized = inputs_of(images[:EXAMINED], Deployment(deployment.preprocessing))
-    return {
-        "images": len(images),
-        "top1_agreement": 100 * float((expected.argmax(1) == found.argmax(1)).float().mean()),
-        "sqnr_db": sqnr(expected, found),
-        "layers": layer_losses(network, torch.cat(normalized)),
-    }
-
-
-def int8_summary(report: dict[str, Any], path: Path, images: Preprocessing) -> str:
-    """A report in words; all of it is in `path`."""
-    command = f"evaluate.py weights={report['file']} image_size={images.image_size}"
+    agreement, noise = 100 * float((expected.argmax(1) == found.argmax(1)).float().mean()), sqnr(expected, found)
+    normalized, path = Deployment(deployment.preprocessing), out.with_suffix(".int8.json")
+    layers = layer_losses(network, torch.cat(inputs_of(images[:EXAMINED], normalized)))
+    report = {"file": str(out), "calibration": str(source), "images": len(images)}
+    report |= {"top1_agreement": agreement, "sqnr_db": noise, "layers": layers}
+    write_text(path, json.dumps(report, indent=2) + "\n")
+    size, crop = deployment.preprocessing.image_size, deployment.preprocessing.crop_fraction
     lines = [
-        f"INT8 and float32 agree in the Top-1 of {report['top1_agreement']:.1f}% of the {report['images']} "
-        f"calibration images; signal to noise {report['sqnr_db']:.1f} dB",
+        f"INT8 and float32 agree in the Top-1 of {agreement:.1f}% of the {len(images)} calibration images; "
+        f"signal to noise {noise:.1f} dB",
         f"layers that lose most when they alone are quantized (all of them in {path}):",
-        *(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in report["layers"][:SHOWN]),
-        f"accuracy: python {command} data.crop_fraction={images.crop_fraction:g} data.root=SHARDS",
+        *(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in layers[:SHOWN]),
+        f"accuracy: python evaluate.py weights={out} image_size={size} data.crop_fraction={crop:g} data.root=SHARDS",
     ]
     return "\n".join(lines)
 

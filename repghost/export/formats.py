@@ -66,20 +66,15 @@ class Preprocess(nn.Module):
     pixels.
     """
 
-    mean: Tensor
-    std: Tensor
-    rows: Tensor
-    columns: Tensor
-
     def __init__(self, preprocessing: Preprocessing, input_size: tuple[int, int] | None) -> None:
         super().__init__()
         self._image_size, self._shorter = preprocessing.image_size, preprocessing.shorter_side
         self._input_size = input_size
-        self.register_buffer("mean", 255 * torch.tensor(preprocessing.mean).view(3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(preprocessing.std).view(3, 1, 1))
+        self.mean, self.std = (
+            nn.Buffer(255 * torch.tensor(x).view(3, 1, 1)) for x in (preprocessing.mean, preprocessing.std)
+        )
         if input_size is not None:
-            for name, matrix in zip(("rows", "columns"), self._matrices(*input_size), strict=True):
-                self.register_buffer(name, matrix)
+            self.rows, self.columns = map(nn.Buffer, self._matrices(*input_size))
 
     def forward(self, photographs: Tensor) -> Tensor:
         x = photographs.permute(0, 3, 1, 2).float()
