@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -46,16 +47,9 @@ class Preprocessing:
 
     def transform(self) -> v2.Compose:
         """PIL image or uint8 [..., 3, H, W] to normalized float32 [..., 3, image_size, image_size]."""
-        return v2.Compose(
-            [
-                v2.ToImage(),
-                v2.Resize(self.shorter_side, v2.InterpolationMode.BICUBIC, antialias=True),
-                v2.CenterCrop(self.image_size),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(self.mean, self.std),
-                v2.ToPureTensor(),
-            ]
-        )
+        resized = (v2.ToImage(), v2.Resize(self.shorter_side, v2.InterpolationMode.BICUBIC, antialias=True))
+        normalized = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std))
+        return v2.Compose([*resized, v2.CenterCrop(self.image_size), *normalized, v2.ToPureTensor()])
 
 
 def image_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
@@ -65,10 +59,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     ones. Files and URLs are taken whatever their names.
     """
     for path in (os.fspath(path) for path in paths):
-        if not is_url(path) and os.path.isdir(path):
-            yield from filter(is_image, walk_files(path))
-        else:
-            yield path
+        yield from filter(is_image, walk_files(path)) if os.path.isdir(path) else [path]
 
 
 def is_url(path: str) -> bool:
@@ -127,45 +118,39 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
             yield os.path.join(path, name)
 
 
-def calibration_images(source: str | Path, count: int) -> list[Image.Image]:
+def calibration_images(source: Path, count: int) -> list[Image.Image]:
     """Up to `count` images, in RGB, from a folder or from one tar file (a shard).
 
     Those of a folder are spread evenly over all of it, because it is sorted by class; those of a shard are its first,
     because shards are shuffled. Raises UserError for a source without images, and for an image that cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = list(image_files([path]))
-        chosen = np.linspace(0, len(files) - 1, min(count, len(files))).astype(int)
-        contents: Iterable[tuple[str, bytes]] = ((files[i], Path(files[i]).read_bytes()) for i in chosen)
-    elif path.is_file():
-        contents = _shard_contents(path, count)
-    else:
-        raise UserError(f"{path}: no such folder or shard")
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or shard")
     images = []
-    for name, content in contents:
+    for name, content in islice(_contents(source, count), count):
         try:
             images.append(decode(content))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name}: cannot be read as an image ({error})") from None
     if not images:
-        raise UserError(f"{path}: no images in it; give a folder of images or a shard, which is a tar file")
+        raise UserError(f"{source}: no images in it; give a folder of images or a shard, which is a tar file")
     return images
 
 
-def _shard_contents(path: Path, count: int) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the first `count` images of a tar file."""
+def _contents(source: Path, count: int) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of `count` images of a folder, or of all images of a shard."""
+    if source.is_dir():
+        files = list(image_files([source]))
+        for i in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int):
+            yield files[i], Path(files[i]).read_bytes()
+        return
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(source, "r|*") as tar:
             for member in tar:
-                if member.isfile() and member.name.lower().endswith(EXTENSIONS):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    yield f"{path}: {member.name}", file.read()
-                    if (count := count - 1) == 0:
-                        return
+                if member.isfile() and is_image(member.name) and (file := tar.extractfile(member)):
+                    yield f"{source}: {member.name}", file.read()
     except tarfile.TarError as error:
-        raise UserError(f"{path}: not a shard, which is a tar file ({error})") from None
+        raise UserError(f"{source}: not a shard, which is a tar file ({error})") from None
 
 
 def sample_images(count: int) -> list[Image.Image]:

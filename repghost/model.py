@@ -7,8 +7,8 @@ Check: `pytest tests/test_model.py`, which compares keys and logits with timm's,
 multiply-accumulates with the published table.
 """
 
-import copy
 import math
+from collections import OrderedDict
 from typing import Literal, get_args
 
 import torch
@@ -28,20 +28,9 @@ STAGES = (
     ((5, 36, 40, True, 2),),
     ((5, 60, 40, True, 1),),
     ((3, 120, 80, False, 2),),
-    (
-        (3, 100, 80, False, 1),
-        (3, 120, 80, False, 1),
-        (3, 120, 80, False, 1),
-        (3, 240, 112, True, 1),
-        (3, 336, 112, True, 1),
-    ),
+    ((3, 100, 80, False, 1), *[(3, 120, 80, False, 1)] * 2, (3, 240, 112, True, 1), (3, 336, 112, True, 1)),
     ((5, 336, 160, True, 2),),
-    (
-        (5, 480, 160, False, 1),
-        (5, 480, 160, True, 1),
-        (5, 480, 160, False, 1),
-        (5, 480, 160, True, 1),
-    ),
+    ((5, 480, 160, False, 1), (5, 480, 160, True, 1)) * 2,
 )
 
 Reparam = Literal["bn", "identity", "none"]
@@ -191,10 +180,8 @@ class RepGhostNet(nn.Module):
                 blocks.append(RepGhostBottleneck(channels, mid, out, kernel, stride, se, reparam, shortcut, fused))
                 channels = out
             stages.append(nn.Sequential(*blocks))
-        last = nn.Sequential()  # blocks.9.0
         conv, bn = _conv_bn(channels, round_channels(960 * width), 1, fused)
-        for name, module in {"conv": conv, "bn1": bn, "relu": nn.ReLU(inplace=True)}.items():
-            last.add_module(name, module)
+        last = nn.Sequential(OrderedDict(conv=conv, bn1=bn, relu=nn.ReLU(inplace=True)))  # blocks.9.0
         self.blocks = nn.Sequential(*stages, nn.Sequential(last))
         self.conv_head = nn.Conv2d(conv.out_channels, 1280, 1)
         self.dropout = nn.Dropout(dropout)
@@ -232,15 +219,10 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: RepGhostNet, image_size: int = 224) -> int:
     """Multiply-accumulates of the convolutions and the classifier for one square image: the paper's FLOPs.
 
-    Counted on a copy without storage, so nothing is computed and `model` is left as it is.
+    Counted on the fused form, which has the same and no BatchNorm, without storage: nothing is computed.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
-    for module in list(twin.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):  # counts nothing, and takes the counter most of its time
-                setattr(module, name, nn.Identity())
-    weight = twin.conv_stem.weight
-    image = torch.empty(1, weight.shape[1], image_size, image_size, device="meta", dtype=weight.dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(image)
+    channels, classes = model.conv_stem.in_channels, model.classifier.out_features
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin = RepGhostNet(model.width, classes, channels, shortcut=model.shortcut, fused=True)
+        twin(torch.empty(1, channels, image_size, image_size))
     return counter.get_total_flops() // 2

@@ -1,70 +1,81 @@
-"""Options of a command, declared as the fields of a dataclass and given as KEY=VALUE.
+"""The options of predict and export: fields of a dataclass, given as KEY=VALUE; and the network that they name.
 
     @dataclass
-    class Options:
-        top: Annotated[int, Option("classes of an image", above=0)] = 5
+    class Options(NetworkOptions):
+        top: int = option("classes of an image", WHOLE, 5)
 
     paths, options = parse(Options, sys.argv[1:])
 
 `--help` prints the docstring of the module that declares the options, and all of them. A path that could be read as an
-option is written ./KEY=VALUE. Check: `pytest tests/test_options.py`.
+option is written ./KEY=VALUE. A run's image size, crop and normalization are those of its config.yaml; published
+weights have ImageNet's. Check: `pytest tests/test_options.py tests/test_predict.py tests/test_export.py`.
 """
 
-import math
 import os
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from types import NoneType
-from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from repghost.errors import UserError
+from repghost.images import Preprocessing
+from repghost.model import RepGhostNet
+from repghost.run import SELECTIONS, load_run, read_config
+from repghost.weights import load_model
 
 T = TypeVar("T")
 
 
-class Option(NamedTuple):
-    """What --help says of an option, and which values it takes.
+class Values(NamedTuple):
+    """Which values an option takes, in words, and what reads one; it raises ValueError or KeyError for any other."""
 
-    A number is greater than `above` and at most `most`; text is one of `choices` or matches `pattern` as `form` says.
-    """
+    words: str
+    read: Callable[[str], Any]
 
-    sentence: str
-    choices: tuple[str, ...] = ()
-    above: float = -math.inf
-    most: float = math.inf
-    pattern: str = ""
-    form: str = ""
 
-    def takes(self, value: object) -> bool:
-        if isinstance(value, int | float):
-            return math.isfinite(value) and self.above < value <= self.most
-        return bool(re.fullmatch(self.pattern or ".*", str(value))) and (not self.choices or value in self.choices)
+def above_zero(words: str, number: Callable[[str], float], most: float = sys.float_info.max) -> Values:
+    """Numbers above 0 and at most `most`."""
 
-    def values(self, kind: type) -> str:
-        """What `takes` accepts, in words."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "a path")
-        above = f" above {self.above:g}" if math.isfinite(self.above) else ""
-        return self.form or words + above + (f", at most {self.most:g}" if math.isfinite(self.most) else "")
+    def read(text: str) -> float:
+        if not 0 < (value := number(text)) <= most:
+            raise ValueError
+        return value
+
+    return Values(words, read)
+
+
+def one_of(*names: str) -> Values:
+    return Values(f"one of {', '.join(names)}", dict(zip(names, names, strict=True)).__getitem__)
+
+
+WHOLE, NUMBER = above_zero("a whole number above 0", int), above_zero("a number above 0", float)
+SHARE = above_zero("a number above 0, at most 1", float, most=1)
+SWITCH = Values("true or false", {"true": True, "false": False}.__getitem__)
+TEXT, PATH = Values("text", str), Values("a path", lambda text: Path(text).expanduser())
+
+
+def option(sentence: str, values: Values, default: object = None) -> Any:
+    """A field of the options: what --help says of it, which values it takes, and its value when it is not given."""
+    return field(default=default, metadata={"sentence": sentence, "values": values})
 
 
 def parse(kind: type[T], arguments: Sequence[str]) -> tuple[list[str], T]:
     """The paths among the arguments, and the options; an option that is not given has its default.
 
-    Raises UserError that names the key for one that is unknown, has no value or is given twice, and for a value of
-    another type or outside of its range. `--help` ends the program.
+    Raises UserError that names the key for one that is unknown, has no value or is given twice, and for a value that it
+    does not take. `--help` ends the program.
     """
-    declared = _declared(kind)
+    declared = {entry.name: entry for entry in fields(cast(Any, kind))}
     if {"-h", "--help"} & set(arguments):
-        print(_help(kind))
+        print((sys.modules[kind.__module__].__doc__ or "").strip(), "\nOptions, given as KEY=VALUE:", sep="\n")
+        for key, entry in declared.items():
+            default = "" if entry.default is None else f" (default: {str(entry.default).lower()})"
+            print(f"  {key:<20}{entry.metadata['sentence']}: {entry.metadata['values'].words}{default}")
         sys.exit(0)
-    config, paths, given = OmegaConf.structured(kind), list[str](), set[str]()
+    paths, given = list[str](), dict[str, Any]()
     for argument in arguments:
         key, equals, text = argument.partition("=")
         is_path = not key.isidentifier() or os.path.exists(argument)
@@ -73,36 +84,53 @@ def parse(kind: type[T], arguments: Sequence[str]) -> tuple[list[str], T]:
         if key not in declared or (is_path and not equals):
             paths.append(argument)
             continue
-        if not text:
-            raise UserError(f"{key} has no value: {key}=VALUE")
-        if key in given:
-            raise UserError(f"{key} is given twice")
-        given.add(key)
-        scalar, option = declared[key]
+        if not text or key in given:
+            raise UserError(f"{key} is given twice" if text else f"{key} has no value: {key}=VALUE")
+        values = declared[key].metadata["values"]
         try:
-            config[key] = text
-            taken = option.takes(config[key])
-        except OmegaConfBaseException:
-            taken = False
-        if not taken:
-            raise UserError(f"{argument}: give {option.values(scalar)}")
-    return paths, cast(T, OmegaConf.to_object(config))
+            given[key] = values.read(text)
+        except (ValueError, KeyError):
+            raise UserError(f"{argument}: give {values.words}") from None
+    return paths, kind(**given)
 
 
-def _declared(kind: type) -> dict[str, tuple[Any, Option]]:
-    """{key: (its type without None, its Option)}"""
-    found = {}
-    for key, hint in get_type_hints(kind, include_extras=True).items():
-        declared, option = get_args(hint)
-        (scalar,) = set(get_args(declared) or (declared,)) - {NoneType}
-        found[key] = scalar, option
-    return found
+@dataclass
+class NetworkOptions:
+    """Which network, and which images it sees."""
+
+    run: Path | None = option("folder of a run, outputs/NAME", PATH)
+    selection: str | None = option("epoch of the run, by default last", one_of(*SELECTIONS))
+    weights: str | None = option("instead of a run: timm, official:FILE, a file or a folder", TEXT)
+    width: float | None = option("of the weights", NUMBER)
+    image_size: int | None = option("side of what the network sees, by default the run's", WHOLE)
+    crop_fraction: float | None = option("of the centre crop, by default the run's", SHARE)
 
 
-def _help(kind: type) -> str:
-    lines = [(sys.modules[kind.__module__].__doc__ or "").strip(), "", "Options, given as KEY=VALUE:"]
-    defaults = {field.name: field.default for field in fields(cast(Any, kind))}
-    for key, (scalar, option) in _declared(kind).items():
-        default = "" if defaults[key] is None else f" (default: {str(defaults[key]).lower()})"
-        lines.append(f"  {key:<20}{option.sentence}: {option.values(scalar)}{default}")
-    return "\n".join(lines)
+def open_network(options: NetworkOptions) -> tuple[RepGhostNet, Preprocessing]:
+    """The network of a run or of weights, in evaluation mode, and its preprocessing.
+
+    Raises UserError for options that contradict each other.
+    """
+    if (options.run is None) == (options.weights is None):
+        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE with its width=")
+    if options.run is not None:
+        if options.width is not None:
+            raise UserError("width: a run knows its own; the key goes with weights=")
+        preprocessing = preprocessing_of(read_config(options.run))
+        model, _ = load_run(options.run, options.selection or "last")
+    else:
+        if options.selection is not None:
+            raise UserError("selection: the key goes with run=")
+        if options.width is None:
+            raise UserError(f"weights={options.weights}: say which width, width=1.0")
+        preprocessing, model = Preprocessing(), load_model(str(options.weights), options.width)
+    if (channels := model.conv_stem.in_channels) != 3:
+        raise UserError(f"{options.run or options.weights}: a network for images with {channels} channels, not for RGB")
+    given = {key: value for key in ("image_size", "crop_fraction") if (value := getattr(options, key)) is not None}
+    return model, replace(preprocessing, **given)
+
+
+def preprocessing_of(config: DictConfig) -> Preprocessing:
+    """What the run of this config evaluates its images with."""
+    augment = config.recipe.augment
+    return Preprocessing(config.image_size, config.data.crop_fraction, tuple(augment.mean), tuple(augment.std))

@@ -17,14 +17,13 @@ that is stored on its side stays on its side. Check: `pytest tests/test_predict.
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import NamedTuple
 from urllib.parse import quote
 
 import torch
@@ -35,114 +34,80 @@ from tqdm import tqdm
 from repghost.errors import UserError, run_command
 from repghost.files import read_class_names
 from repghost.images import EXTENSIONS, image_files, is_url, read_image
-from repghost.options import Option, parse
+from repghost.options import PATH, WHOLE, NetworkOptions, one_of, open_network, option, parse
 from repghost.reference import class_words
 from repghost.reparameterize import reparameterize
 from repghost.run import class_names_of
-from repghost.source import Source, SourceOptions, open_source
 
 READERS = min(4, os.cpu_count() or 1)  # threads that decode; PIL and torch release the interpreter's lock
 
 
 @dataclass
-class Options(SourceOptions):
+class Options(NetworkOptions):
     """What to predict with, and what to write."""
 
-    class_names: Annotated[Path | None, Option("text file with a name a line, instead of the run's")] = None
-    format: Annotated[str, Option("what is written", ("table", "jsonl", "pictures"))] = "table"
-    out: Annotated[
-        Path | None, Option("file, by default the terminal; of pictures a folder, by default predictions")
-    ] = None
-    top: Annotated[int, Option("classes of an image", above=0)] = 5
-    batch_size: Annotated[int, Option("images that the network sees at once", above=0)] = 32
+    class_names: Path | None = option("text file with a name a line, instead of the run's", PATH)
+    format: str = option("what is written", one_of("table", "jsonl", "pictures"), "table")
+    out: Path | None = option("file, by default the terminal; of pictures a folder, by default predictions", PATH)
+    top: int = option("classes of an image", WHOLE, 5)
+    batch_size: int = option("images that the network sees at once", WHOLE, 32)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest classes of one image, best first. probabilities: softmax over all classes, in [0, 1]."""
+class Prediction(NamedTuple):
+    """The likeliest classes of one image, best first: label, name and probability, the softmax over all classes.
+
+    image: where pictures are written, else None.
+    """
 
     file: str
-    labels: list[int]
-    classes: list[str]
-    probabilities: list[float]
-    image: Image.Image | None  # where it is kept
+    top: list[tuple[int, str, float]]
+    image: Image.Image | None
 
 
 class Predictor:
-    """Predicts with the fused form of a source's network, in float32, on the GPU where there is one.
+    """Predicts with the fused form of a run's or other weights, in float32, on the GPU where there is one."""
 
-    classes: a name for every output; None names them by their numbers.
-    """
-
-    def __init__(self, source: Source, classes: Sequence[str] | None = None) -> None:
-        outputs = source.model.classifier.out_features
-        self._classes = [str(label) for label in range(outputs)] if classes is None else list(classes)
-        if len(self._classes) != outputs:
-            raise UserError(f"{len(self._classes)} class names for weights of {outputs} classes")
-        self._transform = source.preprocessing.transform()
+    def __init__(self, options: Options) -> None:
+        model, preprocessing = open_network(options)
+        outputs = model.classifier.out_features
+        names: Sequence[str] | None = class_words() if outputs == 1000 and options.run is None else None
+        if options.class_names is not None:
+            names = read_class_names(options.class_names)
+        elif options.run is not None:
+            names = class_names_of(options.run)
+        self._names = [str(label) for label in range(outputs)] if names is None else names
+        if len(self._names) != outputs:
+            raise UserError(f"{len(self._names)} class names for weights of {outputs} classes")
+        self._options, self._transform = options, preprocessing.transform()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # In channels_last the depthwise convolutions are several times as fast on CPUs (benchmarks/latency.py).
-        self._model = reparameterize(source.model).to(self._device).to(memory_format=torch.channels_last)
+        self._model = reparameterize(model).to(self._device).to(memory_format=torch.channels_last)
 
-    def __call__(
-        self,
-        files: Iterable[str],
-        on_error: Callable[[str, Exception], None],
-        top: int = 5,
-        batch_size: int = 32,
-        keep_images: bool = False,
-    ) -> Iterator[Prediction]:
+    def __call__(self, files: Iterable[str], on_error: Callable[[str, Exception], None]) -> Iterator[Prediction]:
         """The predictions of `files` in their order; files that cannot be read go to `on_error`."""
+        rest = iter(files)
+        with ThreadPoolExecutor(READERS) as pool:
+            while batch := list(islice(rest, self._options.batch_size)):
+                loaded = []
+                for file, reading in [(file, pool.submit(self._load, file)) for file in batch]:
+                    try:
+                        loaded.append((file, *reading.result()))
+                    except Exception as error:  # a decoder may raise anything
+                        on_error(file, error)
+                tops = self._top([pixels for *_, pixels in loaded]) if loaded else []
+                yield from (Prediction(file, top, image) for (file, image, _), top in zip(loaded, tops, strict=True))
 
-        def load(file: str) -> tuple[Image.Image | None, Tensor]:
-            image = read_image(file)
-            return image if keep_images else None, self._transform(image)
-
-        def readable() -> Iterator[tuple[str, Image.Image | None, Tensor]]:
-            for file, result in _readahead(load, files, batch_size + READERS):
-                try:
-                    yield file, *result()
-                except Exception as error:  # a decoder may raise anything
-                    on_error(file, error)
-
-        images = readable()
-        while batch := list(islice(images, batch_size)):
-            probabilities, labels = self._top(torch.stack([pixels for *_, pixels in batch]), top)
-            for (file, image, _), p, chosen in zip(batch, probabilities.tolist(), labels.tolist(), strict=True):
-                yield Prediction(file, chosen, [self._classes[label] for label in chosen], p, image)
+    def _load(self, file: str) -> tuple[Image.Image | None, Tensor]:
+        image = read_image(file)
+        return image if self._options.format == "pictures" else None, self._transform(image)
 
     @torch.inference_mode()
-    def _top(self, images: Tensor, top: int) -> tuple[Tensor, Tensor]:
-        """float32 [N, 3, S, S] to the largest probabilities and their labels, [N, top] each."""
-        logits = self._model(images.to(self._device, memory_format=torch.channels_last))
-        values, labels = logits.softmax(1).topk(min(top, logits.shape[1]), dim=1)
-        return values.cpu(), labels.cpu()
-
-
-def _readahead(load: Callable[[str], Any], files: Iterable[str], ahead: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each file with a function that returns, or raises, its `load`; threads load up to `ahead` files in advance."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[tuple[str, Callable[[], Any]]] = deque()
-        try:
-            for file in files:
-                waiting.append((file, pool.submit(load, file).result))
-                if len(waiting) > ahead:
-                    yield waiting.popleft()
-            yield from waiting
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def open_predictor(options: Options) -> Predictor:
-    """The predictor of a run or of weights."""
-    source, classes = open_source(options), None
-    if options.class_names is not None:
-        classes = read_class_names(options.class_names)
-    elif options.run is not None:
-        classes = class_names_of(options.run)
-    elif source.model.classifier.out_features == 1000:
-        classes = list(class_words())
-    return Predictor(source, classes)
+    def _top(self, images: list[Tensor]) -> list[list[tuple[int, str, float]]]:
+        """The likeliest classes of every image, float32 [3, S, S]."""
+        logits = self._model(torch.stack(images).to(self._device, memory_format=torch.channels_last))
+        values, labels = logits.softmax(1).topk(min(self._options.top, logits.shape[1]), dim=1)
+        rows = zip(labels.tolist(), values.tolist(), strict=True)
+        return [[(i, self._names[i], p) for i, p in zip(*row, strict=True)] for row in rows]
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -150,28 +115,24 @@ def open_predictor(options: Options) -> Predictor:
 
 def as_table(prediction: Prediction) -> str:
     """The name of the file and a line a class."""
-    rows = zip(prediction.probabilities, prediction.classes, strict=True)
-    return "\n".join([_printable(prediction.file), *(f"  {p:7.2%}  {name}" for p, name in rows)])
+    return "\n".join([_printable(prediction.file), *(f"  {p:7.2%}  {name}" for _, name, p in prediction.top)])
 
 
 def as_json(prediction: Prediction) -> str:
     """One line of JSON."""
-    rows = zip(prediction.labels, prediction.classes, prediction.probabilities, strict=True)
-    top = [{"label": label, "class": name, "probability": round(p, 6)} for label, name, p in rows]
+    top = [{"label": label, "class": name, "probability": round(p, 6)} for label, name, p in prediction.top]
     return json.dumps({"file": prediction.file, "top": top})
 
 
-def annotated(prediction: Prediction) -> Image.Image:
-    """A copy of the image with the classes in a band below it."""
-    image, margin = prediction.image, 8
-    assert image is not None
-    text = "\n".join(f"{p:6.1%}  {name}" for p, name in zip(prediction.probabilities, prediction.classes, strict=True))
+def annotated(image: Image.Image, top: Sequence[tuple[int, str, float]]) -> Image.Image:
+    """A copy of the image with its classes in a band below it."""
+    text, margin = "\n".join(f"{p:6.1%}  {name}" for _, name, p in top), 8
     font = ImageFont.load_default(max(12, min(image.size) // 24))
-    left, top, right, bottom = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
-    width, height = round(right - left) + 2 * margin, round(bottom - top) + 2 * margin
+    left, upper, right, lower = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
+    width, height = round(right - left) + 2 * margin, round(lower - upper) + 2 * margin
     canvas = Image.new("RGB", (max(image.width, width), image.height + height))
     canvas.paste(image)
-    ImageDraw.Draw(canvas).multiline_text((margin - left, image.height + margin - top), text, "white", font)
+    ImageDraw.Draw(canvas).multiline_text((margin - left, image.height + margin - upper), text, "white", font)
     return canvas
 
 
@@ -207,9 +168,9 @@ def run(arguments: Sequence[str]) -> int:
     paths, options = parse(Options, arguments)
     if not paths:
         raise UserError("give images, folders or URLs, and run=outputs/NAME or weights=")
-    predict = open_predictor(options)
-    pictures, folder = options.format == "pictures", options.out or Path("predictions")
-    picture_name = picture_names(folder, paths) if pictures else None
+    predictor, pictures = Predictor(options), options.format == "pictures"
+    out = options.out or (Path("predictions") if pictures else None)
+    picture_name = picture_names(out, paths) if pictures and out else None
     predicted = skipped = 0
 
     def skip(file: str, error: Exception) -> None:
@@ -218,19 +179,18 @@ def run(arguments: Sequence[str]) -> int:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         tqdm.write(f"{_printable(file)}: skipped: {' '.join(str(reason).split())}", file=sys.stderr)
 
-    text = None if pictures else options.out
-    with nullcontext(sys.stdout) if text is None else open(text, "w", encoding="utf-8") as output:
-        predictions = predict(image_files(paths), skip, options.top, options.batch_size, pictures)
+    with nullcontext(sys.stdout) if pictures or out is None else open(out, "w", encoding="utf-8") as output:
         # No bar where stderr is no terminal (disable=None), nor where it would run through the table.
-        for prediction in tqdm(predictions, unit=" images", disable=True if output.isatty() else None):
+        shown = tqdm(predictor(image_files(paths), skip), unit=" images", disable=True if output.isatty() else None)
+        for prediction in shown:
             predicted += 1
-            if picture_name is not None:
+            if picture_name is not None and prediction.image is not None:
                 path = picture_name(prediction.file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                annotated(prediction).save(path)
+                annotated(prediction.image, prediction.top).save(path)
             else:
                 print(as_table(prediction) if options.format == "table" else as_json(prediction), file=output)
-    where = f", annotated in {folder}" if pictures and predicted else ""
+    where = f", annotated in {out}" if pictures and predicted else ""
     print(f"{predicted:,} images predicted, {skipped:,} skipped{where}", file=sys.stderr)
     return 0 if predicted else 1
 

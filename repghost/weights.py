@@ -10,16 +10,13 @@ Weights are in training or in fused form. Nothing in a file is executed. Check: 
 """
 
 import argparse
-import pickle
-import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,22 +33,16 @@ _STATE_KEYS = ("ema", "state_dict_ema", "state_dict", "model")
 
 
 def repghostnet(
-    width: float = 1.0,
-    num_classes: int = 1000,
-    in_channels: int = 3,
-    dropout: float = 0.2,
-    reparam: Reparam = "bn",
-    shortcut: bool = True,
-    fused: bool = False,
-    weights: str | Path | None = None,
+    width: float = 1.0, num_classes: int = 1000, *, weights: str | Path | None = None, **kwargs: Any
 ) -> RepGhostNet:
-    """A RepGhostNet, whose docstring explains the other arguments, with new weights or with those of a source.
+    """A RepGhostNet with new weights or with those of a source.
 
+    kwargs: in_channels, dropout, reparam, shortcut and fused, as in RepGhostNet.
     weights: "timm" for the published weights of the width, or a file or folder (see the module).
 
     Raises UserError for arguments that no network has and for weights that do not fit.
     """
-    model = RepGhostNet(width, num_classes, in_channels, dropout, reparam, shortcut, fused)
+    model = RepGhostNet(width, num_classes, **kwargs)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -60,12 +51,13 @@ def repghostnet(
 def load_weights(model: RepGhostNet, source: str | Path) -> None:
     """Gives `model` all weights of `source`. Raises UserError for another width, number of classes or form."""
     state = read_weights(source, model.width)
-    found = _architecture(state, str(source))
+    found = _network_of(state, str(source), model.width)
     if found.fused != model.fused:
-        forms = ["fused" if fused else "in training form" for fused in (found.fused, model.fused)]
+        forms = ["fused" if network.fused else "in training form" for network in (found, model)]
         raise UserError(f"{source}: these weights are {forms[0]}, the network is {forms[1]}")
-    if found.num_classes != (classes := model.classifier.out_features):
-        raise UserError(f"{source}: weights of {found.num_classes} classes, but the network has {classes}")
+    theirs, ours = found.classifier.out_features, model.classifier.out_features
+    if theirs != ours:
+        raise UserError(f"{source}: weights of {theirs} classes, but the network has {ours}")
     _require_fit(state, model, str(source))
     model.load_state_dict(state)
 
@@ -81,9 +73,7 @@ def model_from_state(state: StateDict, source: str, width: float) -> RepGhostNet
     Number of classes, input channels and form are read off the tensors; the width is checked. Raises UserError that
     names `source` and what does not fit.
     """
-    found = _architecture(state, source)
-    with torch.device("meta"):
-        model = RepGhostNet(width, **found._asdict())
+    model = _network_of(state, source, width)
     _require_fit(state, model, source)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -105,40 +95,33 @@ def save_weights(model: RepGhostNet, path: str | Path) -> None:
         file.write(safetensors.torch.save(tensors))
 
 
-class _Architecture(NamedTuple):
-    """Arguments of RepGhostNet that the tensors of a state dict tell."""
-
-    num_classes: int
-    in_channels: int
-    reparam: Reparam
-    fused: bool
-
-
-def _architecture(state: StateDict, source: str) -> _Architecture:
+def _network_of(state: StateDict, source: str, width: float) -> RepGhostNet:
+    """A network without storage with the classes, input channels and form that the tensors of a state dict tell."""
     classifier, stem = (state.get(f"{name}.weight") for name in ("classifier", "conv_stem"))
     if classifier is None or stem is None or min(classifier.ndim, stem.ndim) < 2:
         raise UserError(f"{source}: these are not the weights of a RepGhostNet")
     fused = "conv_stem.bias" in state
     reparam: Reparam = "bn" if fused or "blocks.0.0.ghost1.fusion_bn.0.weight" in state else "none"
-    return _Architecture(len(classifier), stem.shape[1], reparam, fused)
+    with torch.device("meta"):
+        return RepGhostNet(width, len(classifier), stem.shape[1], reparam=reparam, fused=fused)
 
 
 def _require_fit(state: StateDict, model: RepGhostNet, source: str) -> None:
     """Raises UserError that says in what the names or shapes of `state` are not those of `model`."""
     expected = model.state_dict()
-    if missing := sorted(expected.keys() - state.keys()):
-        raise UserError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise UserError(f"{source}: {len(unknown)} tensors do not belong to a RepGhostNet, the first is {unknown[0]}")
+    for names, what in (
+        (expected.keys() - state.keys(), "are missing"),
+        (state.keys() - expected.keys(), "do not belong"),
+    ):
+        if names:
+            raise UserError(f"{source}: {len(names)} tensors of a RepGhostNet {what}, the first is {min(names)}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             head = state["conv_head.weight"].shape[1:2]
             (other,) = [w for w in WIDTHS if head == (round_channels(960 * w),)] or (model.width,)
-            raise UserError(
-                f"{source}: these are not the weights of width={model.width:g}"
-                + (f" but of width={other:g}" if other != model.width else "")
-                + f": {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            )
+            found = f" but of width={other:g}" if other != model.width else ""
+            shapes = f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            raise UserError(f"{source}: these are not the weights of width={model.width:g}{found}: {shapes}")
 
 
 def read_weights(source: str | Path, width: float | None = None) -> StateDict:
@@ -147,11 +130,10 @@ def read_weights(source: str | Path, width: float | None = None) -> StateDict:
     A run's checkpoint and an official file give their averaged weights. Raises UserError that names the source.
     """
     path = _path(str(source), width)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(9)
     # Safetensors: the length of the header, little endian, and the header, which is JSON.
     if path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"):
         try:
@@ -176,22 +158,14 @@ def _path(source: str, width: float | None) -> Path:
     if source == "timm":
         if width is None:
             raise UserError("weights=timm: say which width")
-        return _from_hub(f"timm/{timm_name(width)}")
+        repository = f"timm/{timm_name(width)}"
+        try:
+            return Path(hf_hub_download(repository, WEIGHTS_FILE))
+        except OSError as error:  # all that the hub's client and the network raise
+            what = f"{repository}: cannot be fetched and is not in the hub's cache (HF_HOME): {first_sentence(error)}"
+            raise UserError(f"{what}. A folder that holds its {WEIGHTS_FILE} does as well: weights=FOLDER") from None
     path = Path(source.removeprefix("official:")).expanduser()
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
-    return path
-
-
-def _from_hub(repository: str) -> Path:
-    try:
-        return Path(hf_hub_download(repository, WEIGHTS_FILE))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{repository}: cannot be fetched and is not in the hub's cache (HF_HOME): {first} "
-            f"A folder that holds its {WEIGHTS_FILE} does as well: weights=FOLDER"
-        ) from None
+    return path / WEIGHTS_FILE if path.is_dir() else path
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -200,19 +174,14 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises UserError for a damaged file, and for one that holds more than tensors and plain values.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if zipfile.is_zipfile(path) and (problem := damage(path)):
+        raise UserError(f"{path}: damaged ({problem})")
     try:
-        if zipfile.is_zipfile(path) and (problem := damage(path)):
-            raise UserError(f"{path}: damaged ({problem})")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (
-        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-        tarfile.TarError,
-    ) as error:  # fmt: skip
-        raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_sentence(error)})") from None
+    except Exception as error:  # which the bytes of another file or of a damaged one decide
+        raise UserError(f"{path}: not a checkpoint of tensors and plain values ({first_sentence(error)})") from None
 
 
 def damage(path: Path) -> str | None:
@@ -225,5 +194,6 @@ def damage(path: Path) -> str | None:
     return f"record {record} has a wrong checksum" if record else None
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
+    """What other libraries' errors begin with, on one line."""
     return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

@@ -24,7 +24,7 @@ from repghost import reparameterize, repghostnet
 from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export import check as export_check
-from repghost.export.preprocess import Preprocess
+from repghost.export.formats import Preprocess
 from repghost.export.runtimes import open_exported
 from repghost.images import Preprocessing, sample_images
 from repghost.model import WIDTHS
@@ -124,10 +124,11 @@ def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
     other = model(Preprocessing(32, 1.0).transform()(photograph)[None]).numpy()
     assert np.abs(found - expected).max() < 0.1 * np.abs(other - expected).max()
     assert command(f"run={tmp_path}", "format=onnx") == 0
-    metadata = open_exported(tmp_path / "fused.onnx", 32).metadata
+    normalization = {"mean": mean, "std": std}
+    metadata = open_exported(tmp_path / "fused.onnx", 32, "float32", normalization).metadata
     assert (metadata["mean"], metadata["std"], metadata["crop_fraction"]) == (mean, std, 1.0)
     with pytest.raises(UserError, match=r"another std: data\.augment\.std=\[0\.5,0\.25,0\.75\]"):
-        open_exported(tmp_path / "fused.onnx", 32, normalization={"mean": mean, "std": (0.229, 0.224, 0.225)})
+        open_exported(tmp_path / "fused.onnx", 32, "float32", normalization | {"std": (0.229, 0.224, 0.225)})
 
 
 MISTAKES = (
@@ -194,7 +195,7 @@ def test_an_export_that_differs_from_torch_is_not_written(
 
 
 def test_a_missing_package_names_the_extra(half: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx_of_tomorrow",))
+    monkeypatch.setitem(export.FORMATS, "onnx", export.FORMATS["onnx"]._replace(packages=("onnx_of_tomorrow",)))
     assert exported("format=onnx") == 2
     assert "onnx_of_tomorrow is not installed: pip install 'repghost[deploy]'" in capsys.readouterr().err
 
@@ -236,7 +237,7 @@ def test_evaluate_says_what_it_cannot_evaluate(
 def test_every_format(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(f"format={form}", "image_size=64") == 0
     said = capsys.readouterr().out
-    assert Path(f"repghostnet_0.5{export.ENDINGS[form]}").exists()
+    assert Path(f"repghostnet_0.5{export.FORMATS[form].ending}").exists()
     assert ("not run: Core ML runs on macOS only" if form == "coreml" else "largest difference from torch") in said
 
 
@@ -255,7 +256,7 @@ def test_every_format_preprocesses(half: Any, form: str, capsys: pytest.CaptureF
 def test_float16(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(f"format={form}", "image_size=96", "dtype=float16") == 0
     assert exported("format=safetensors", "image_size=96") == 0
-    small = Path(f"repghostnet_0.5_float16{export.ENDINGS[form]}")
+    small = Path(f"repghostnet_0.5_float16{export.FORMATS[form].ending}")
     size = sum(path.stat().st_size for path in [small, *small.rglob("*")])
     # XNNPACK keeps the weights in float32 and rounds them when it loads them.
     assert form == "executorch" or size < 0.7 * Path("repghostnet_0.5.safetensors").stat().st_size

@@ -229,7 +229,7 @@ def make_run(folder: Path, **changes: Any) -> torch.nn.Module:
 
 def predict_one(image: Path, *arguments: str) -> predict.Prediction:
     paths, options = parse(predict.Options, [str(image), *arguments])
-    (prediction,) = predict.open_predictor(options)(paths, lambda file, error: pytest.fail(f"{file}: {error}"))
+    (prediction,) = predict.Predictor(options)(paths, lambda file, error: pytest.fail(f"{file}: {error}"))
     return prediction
 
 
@@ -238,13 +238,14 @@ def test_a_run_knows_its_classes_and_preprocessing(normalization: dict[str, list
     model, image = make_run(tmp_path, **normalization), tmp_path / "owl.png"
     patch(2).save(image)
     prediction = predict_one(image, f"run={tmp_path}")
-    assert sorted(prediction.classes) == ["cat", "dog", "owl"] and sum(prediction.probabilities) == pytest.approx(1)
+    _, names, probabilities = zip(*prediction.top, strict=True)
+    assert sorted(names) == ["cat", "dog", "owl"] and sum(probabilities) == pytest.approx(1)
     preprocessing = Preprocessing(32, 1.0, **{name: tuple(values) for name, values in normalization.items()})
     with torch.no_grad():
         expected = model(preprocessing.transform()(read_image(str(image)))[None]).softmax(1)[0]
-    assert prediction.probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
+    assert probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
     smaller = predict_one(image, f"run={tmp_path}", "image_size=16", "crop_fraction=0.5")
-    assert smaller.probabilities != prediction.probabilities
+    assert smaller.top != prediction.top
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "1"])

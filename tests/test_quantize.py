@@ -17,7 +17,7 @@ from test_evaluation import random_network
 from repghost import reparameterize
 from repghost.errors import UserError
 from repghost.export import __main__ as export
-from repghost.export.quantize import layer_losses, sqnr
+from repghost.export.check import layer_losses, sqnr
 from repghost.images import calibration_images, sample_images
 
 
@@ -85,7 +85,7 @@ def test_sqnr_of_a_known_noise() -> None:
 def int8(form: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
     make_class_folders(tmp_path / "calibration", per_class=6)
     random_network(0.5, 10, tmp_path / "w.safetensors")
-    out = tmp_path / f"model{export.ENDINGS[form]}"
+    out = tmp_path / f"model{export.FORMATS[form].ending}"
     source = [f"weights={tmp_path / 'w.safetensors'}", "width=0.5", f"format={form}", f"out={out}", "image_size=64"]
     export.run([*source, "int8=true", f"calibration={tmp_path / 'calibration'}", *arguments])
     return json.loads((tmp_path / "model.int8.json").read_text())
@@ -99,7 +99,7 @@ def test_int8(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report["sqnr_db"] > 5 and report["top1_agreement"] > 50, "a random network's classes are nearly tied"
     said = capsys.readouterr().out
     assert report["layers"][0]["layer"] in said and f"evaluate.py weights={tmp_path / 'model'}" in said
-    size = (tmp_path / f"model{export.ENDINGS[form]}").stat().st_size
+    size = (tmp_path / f"model{export.FORMATS[form].ending}").stat().st_size
     assert size < 0.45 * (tmp_path / "w.safetensors").stat().st_size
 
 

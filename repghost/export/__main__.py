@@ -6,85 +6,84 @@
 
 Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub (a folder for the Hugging
 Face hub). Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one
-that differs by too much is an error (see `repghost.export.check`). INT8 also leaves a report beside the file (see
-`repghost.export.quantize`). Check: `pytest tests/test_export.py tests/test_quantize.py`.
+that differs by too much is an error (see `repghost.export.check`). INT8 also leaves a report beside the file.
+Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
-import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from repghost.errors import UserError, run_command
 from repghost.export import formats
-from repghost.export.check import check_coreml, compare, inputs_of, int8_report, int8_summary, open_written
+from repghost.export.check import compare, inputs_of, int8_report
 from repghost.export.formats import Deployable, Deployment
 from repghost.export.hub import export_hub
-from repghost.export.quantize import quantize_executorch, quantize_onnx
-from repghost.export.runtimes import quiet, require
-from repghost.files import TEMPORARY, atomic_write, write_text
+from repghost.export.runtimes import open_written, quiet, require
+from repghost.files import TEMPORARY
 from repghost.images import Preprocessing, calibration_images, sample_images
 from repghost.model import RepGhostNet
-from repghost.options import Option, parse
+from repghost.options import PATH, SWITCH, WHOLE, NetworkOptions, Values, one_of, open_network, option, parse
 from repghost.reparameterize import reparameterize
-from repghost.source import SourceOptions, open_source
 from repghost.weights import save_weights
 
-ENDINGS = {"onnx": ".onnx", "executorch": ".pte", "torchscript": ".pt", "coreml": ".mlpackage",
-           "safetensors": ".safetensors"}  # fmt: skip
-FORMATS = (*ENDINGS, "hub")
-# What has to be installed for a format, in the order in which it is asked for.
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch.exir", "torchao"),
-            "coreml": ("coremltools",)}  # fmt: skip
-
+CHECKED = 16  # images that an export is compared on
 _HUB = {"run", "selection", "format", "out"}
 _WEIGHTS = _HUB | {"weights", "width", "image_size", "crop_fraction", "check"}
 _NETWORK = _WEIGHTS | {"batch", "dtype", "softmax", "preprocess"}
 _INT8 = {"int8", "calibration", "calibration_images"}
-READ = {  # the keys that each format reads
-    "onnx": _NETWORK | _INT8 | {"opset"},
-    "executorch": _NETWORK | _INT8 | {"input_size"},
-    "torchscript": _NETWORK | {"input_size"},
-    "coreml": _NETWORK | {"input_size"},
-    "safetensors": _WEIGHTS,
-    "hub": _HUB,
+
+
+class Format(NamedTuple):
+    """A format: how its files end, which keys it reads, and what has to be installed, in the order of asking."""
+
+    ending: str
+    keys: set[str]
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "onnx": Format(".onnx", _NETWORK | _INT8 | {"opset"}, ("onnx", "onnxscript", "onnxruntime")),
+    "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, ("executorch.exir", "torchao")),
+    "torchscript": Format(".pt", _NETWORK | {"input_size"}),
+    "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",)),
+    "safetensors": Format(".safetensors", _WEIGHTS),
+    "hub": Format("", _HUB),
 }
-CHECKED = 16  # images that an export is compared on
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = map(WHOLE.read, text.split("x"))
+    return height, width
+
+
+BATCH = Values("a whole number above 0, or dynamic", lambda text: 0 if text == "dynamic" else WHOLE.read(text))
+SIZE = Values("HEIGHTxWIDTH in pixels, such as 480x640", _size)
 
 
 @dataclass
-class Options(SourceOptions):
+class Options(NetworkOptions):
     """What to export, and how."""
 
-    format: Annotated[str | None, Option("what is written", FORMATS)] = None
-    out: Annotated[Path | None, Option("the file or folder, by default in the run's folder")] = None
-    batch: Annotated[
-        str | None,
-        Option("images of a call", pattern=r"[1-9]\d{0,5}|dynamic", form="a whole number above 0, or dynamic"),
-    ] = None
-    dtype: Annotated[str, Option("of the network's weights and activations", ("float32", "float16"))] = "float32"
-    softmax: Annotated[bool, Option("whether probabilities come out instead of logits")] = False
-    opset: Annotated[int, Option("of ONNX", above=0)] = formats.OLDEST_OPSET
-    preprocess: Annotated[bool, Option("whether the file takes photographs, uint8 [N, H, W, 3]")] = False
-    input_size: Annotated[
-        str | None,
-        Option(
-            "size of the photographs; ONNX takes any",
-            pattern=r"[1-9]\d{0,4}x[1-9]\d{0,4}",
-            form="HEIGHTxWIDTH in pixels, such as 480x640",
-        ),
-    ] = None
-    int8: Annotated[bool, Option("whether to quantize, with scales from calibration=")] = False
-    calibration: Annotated[Path | None, Option("folder of images, or a shard")] = None
-    calibration_images: Annotated[int, Option("how many", above=0)] = 128
-    check: Annotated[Path | None, Option("folder or shard of images to check the export on")] = None
+    format: str = option("what is written", one_of(*FORMATS), "")
+    out: Path | None = option("the file or folder, by default in the run's folder", PATH)
+    batch: int | None = option("images of a call", BATCH)
+    dtype: str = option("of the network's weights and activations", one_of("float32", "float16"), "float32")
+    softmax: bool = option("whether probabilities come out instead of logits", SWITCH, False)
+    opset: int = option("of ONNX", WHOLE, formats.OLDEST_OPSET)
+    preprocess: bool = option("whether the file takes photographs, uint8 [N, H, W, 3]", SWITCH, False)
+    input_size: tuple[int, int] | None = option("size of the photographs; ONNX takes any", SIZE)
+    int8: bool = option("whether to quantize, with scales from calibration=", SWITCH, False)
+    calibration: Path | None = option("folder of images, or a shard", PATH)
+    calibration_images: int = option("how many", WHOLE, 128)
+    check: Path | None = option("folder or shard of images to check the export on", PATH)
 
 
 def export(options: Options) -> Path:
@@ -93,70 +92,58 @@ def export(options: Options) -> Path:
     Raises UserError for options that do not go together, and for an export that differs from torch; nothing is then
     written.
     """
-    for package in PACKAGES.get(str(options.format), ()):
+    for package in FORMATS[options.format].packages:
         require(package)
-    if options.int8 != (options.calibration is not None):
-        raise UserError("int8=true and calibration=FOLDER or SHARD.tar go together: its scales come from images")
-    source = open_source(options)
-    deployment = _deployment(options, source.preprocessing)
-    out = _out(options, deployment, source.model.width)
-    model = reparameterize(source.model).to(memory_format=torch.contiguous_format)  # a run's is in channels_last
-    calibration = []
-    if options.calibration is not None:
-        calibration = calibration_images(options.calibration, options.calibration_images)
-    with tempfile.TemporaryDirectory() as folder:
+    model, preprocessing = open_network(options)
+    deployment = _deployment(options, preprocessing)
+    out = _out(options, deployment, model.width)
+    model = reparameterize(model).to(memory_format=torch.contiguous_format)  # a run's is in channels_last
+    images, what = [], f"{CHECKED} crops of photographs"
+    if source := options.calibration or options.check:
+        images = calibration_images(source, options.calibration_images if options.int8 else CHECKED)
+        what = f"{len(images)} images of {source}"
+    elif options.format != "coreml":
+        images = sample_images(CHECKED)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out`, so that a rename puts the finished file or folder there, whole or not at all.
+    with tempfile.TemporaryDirectory(TEMPORARY, ".", out.parent) as folder:
         written = Path(folder) / out.name
         with quiet():
-            _write(options, model, deployment, written, calibration)
+            _write(options, model, deployment, written, images)
         if options.format == "coreml":
-            print(check_coreml(written))
-        elif calibration:
-            runtime = open_written(str(options.format), written, model.width)
-            report = {"file": str(out), "calibration": str(options.calibration)}
-            report |= int8_report(model, runtime, calibration, deployment)
-            path = out.with_suffix(".int8.json")
-            write_text(path, json.dumps(report, indent=2) + "\n")
-            print(int8_summary(report, path, source))
+            print("not run: Core ML runs on macOS only")
+        elif options.int8:
+            print(int8_report(model, open_written(written, model.width), images, deployment, out, source))
         else:
-            images, what = sample_images(CHECKED), f"{CHECKED} crops of photographs"
-            if options.check is not None:
-                images = calibration_images(options.check, CHECKED)
-                what = f"{len(images)} images of {options.check}"
-            runtime = open_written(str(options.format), written, model.width)
-            print(f"{compare(model, runtime, images, deployment)}; checked on {what}")
-        _publish(written, out)
+            print(f"{compare(model, open_written(written, model.width), images, deployment)}; checked on {what}")
+        if written.is_dir():
+            shutil.rmtree(out, ignore_errors=True)
+        written.replace(out)
     return out
 
 
 def _deployment(options: Options, preprocessing: Preprocessing) -> Deployment:
-    form = options.format
+    form, batch = options.format, options.batch
+    if options.int8 != (options.calibration is not None):
+        raise UserError("int8=true and calibration=FOLDER or SHARD.tar go together: its scales come from images")
     if options.int8 and options.dtype == "float16":
         raise UserError("dtype=float16 and int8=true: give one of them")
     if form != "onnx" and options.preprocess != (options.input_size is not None):
         what = f"a {form} file takes photographs of one size"
         raise UserError(f"preprocess=true and input_size=HEIGHTxWIDTH go together: {what}")
-    batch = options.batch or ("1" if form in ("executorch", "coreml") else "dynamic")
-    if batch == "dynamic" and form == "executorch":
+    if batch is None:
+        batch = 1 if form in ("executorch", "coreml") else 0
+    if batch == 0 and form == "executorch":
         raise UserError("batch=dynamic: ExecuTorch plans its memory in advance; give the number, batch=1")
-    height, _, width = (options.input_size or "").partition("x")
-    return Deployment(
-        preprocessing,
-        batch=None if batch == "dynamic" else int(batch),
-        preprocess=options.preprocess,
-        input_size=(int(height), int(width)) if options.input_size else None,
-        softmax=options.softmax,
-        precision="int8" if options.int8 else "float16" if options.dtype == "float16" else "float32",
-    )
+    precision: Any = "int8" if options.int8 else options.dtype
+    return Deployment(preprocessing, batch or None, options.preprocess, options.input_size, options.softmax, precision)
 
 
 def _out(options: Options, deployment: Deployment, width: float) -> Path:
-    ending = ENDINGS[str(options.format)]
-    if options.out is not None:
-        out = options.out.expanduser()
+    ending, out = FORMATS[options.format].ending, options.out
+    if out is not None:
         if out.suffix != ending:
             raise UserError(f"out={out}: the name of a {options.format} file ends in {ending}")
-        if out.exists() and out.is_dir() != (options.format == "coreml"):
-            raise UserError(f"out={out}: this is a {'folder' if out.is_dir() else 'file'}")
         return out
     kind = "" if deployment.precision == "float32" else f"_{deployment.precision}"
     if options.run is None:
@@ -166,11 +153,11 @@ def _out(options: Options, deployment: Deployment, width: float) -> Path:
 
 
 def _write(
-    options: Options, model: RepGhostNet, deployment: Deployment, path: Path, calibration: Sequence[Image.Image]
+    options: Options, model: RepGhostNet, deployment: Deployment, path: Path, images: Sequence[Image.Image]
 ) -> None:
-    """Writes the fused `model` to `path`; with calibration images, in INT8."""
+    """Writes the fused `model` to `path`; in INT8, `images` are for its scales."""
     module, metadata = Deployable.of(model, deployment), formats.metadata_of(model, deployment)
-    inputs = inputs_of(calibration, deployment) if calibration else []
+    inputs = inputs_of(images, deployment) if options.int8 else []
     match options.format:
         case "safetensors":
             save_weights(model, path)
@@ -181,24 +168,11 @@ def _write(
         case "onnx":
             formats.write_onnx(module, deployment, path, options.opset, metadata)
             if inputs:
-                quantize_onnx(path, inputs)
+                formats.quantize_onnx(path, inputs)
         case "executorch":
-            program = quantize_executorch(module, deployment, inputs) if inputs else None
+            program = formats.quantize_executorch(module, deployment, inputs) if inputs else None
             program = program or torch.export.export(module, (formats.example_input(deployment),))
             formats.write_executorch(program, path, metadata)
-
-
-def _publish(written: Path, out: Path) -> None:
-    """Moves a finished file or folder to `out`, whole or not at all."""
-    if written.is_file():
-        with atomic_write(out) as file:
-            file.write(written.read_bytes())
-        return
-    beside = out.with_name(f".{out.name}{TEMPORARY}")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(written, beside)
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -206,9 +180,9 @@ def run(arguments: Sequence[str]) -> None:
     paths, options = parse(Options, arguments)
     if paths:
         raise UserError(f"{paths[0]}: options are given as KEY=VALUE; --help lists them")
-    if options.format is None:
+    if not options.format:
         raise UserError(f"format is missing: format=FORMAT, one of {', '.join(FORMATS)}")
-    read = READ[options.format]
+    read = FORMATS[options.format].keys
     if unread := [key for key in (argument.partition("=")[0] for argument in arguments) if key not in read]:
         raise UserError(f"{unread[0]}: format={options.format} does not read this key, only {', '.join(sorted(read))}")
     if options.format != "hub":

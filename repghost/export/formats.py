@@ -2,11 +2,16 @@
 
 What is deployed is always the fused network. `Deployable` puts around it what was asked for: the preprocessing of
 photographs, float16, a softmax. Its interface is the same in every format and precision: `image` in, float32 [N,
-num_classes] out, `logits` or `probabilities`. Check: `pytest tests/test_export.py`.
+num_classes] out, `logits` or `probabilities`.
+
+INT8 is post-training static quantization by the quantizer of each format: onnxruntime's `quantize_static` (QDQ) for
+ONNX, torchao's pt2e with XNNPACK's quantizer for ExecuTorch. Weights have a scale for every output channel, activations
+one for the tensor, found on calibration images; preprocessing and softmax stay in float.
+Check: `pytest tests/test_export.py tests/test_quantize.py`.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +23,14 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from repghost.errors import UserError
-from repghost.export.preprocess import Preprocess
-from repghost.export.runtimes import first_line
 from repghost.images import Preprocessing
 from repghost.model import RepGhostNet
+from repghost.weights import first_sentence
 
 OLDEST_OPSET = 18  # the oldest that torch's exporter writes, and the first whose Resize is antialiased
 COREML_BATCH = 64  # the largest batch of a Core ML package that takes any; it needs a bound
 Metadata = Mapping[str, float | str]
+_ONE = 2.0**15  # a weight of 1; the weights of a pixel add up to at most 1.25 in size: 1.25 * 255 * _ONE < 2**24
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,59 @@ class Deployment:
     @property
     def output(self) -> str:
         return "probabilities" if self.softmax else "logits"
+
+
+class Preprocess(nn.Module):
+    """Photographs, uint8 [N, H, W, 3], to float32 [N, 3, image_size, image_size], as evaluation does it.
+
+    `Preprocessing.transform` in operations that every runtime has. A resize is linear along each side, so it is a
+    product with two matrices, which are constants for photographs of one size (`input_size`). As in PIL and
+    torchvision, columns come first, pixels are rounded between the two products, and weights are multiples of a power
+    of 2. So all sums are integers below 2**24, which float32 adds exactly, in any order: every runtime gets the same
+    pixels.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, input_size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self._image_size, self._shorter = preprocessing.image_size, preprocessing.shorter_side
+        self._input_size = input_size
+        self.mean, self.std = (
+            nn.Buffer(255 * torch.tensor(x).view(3, 1, 1)) for x in (preprocessing.mean, preprocessing.std)
+        )
+        if input_size is not None:
+            self.rows, self.columns = map(nn.Buffer, self._matrices(*input_size))
+
+    def forward(self, photographs: Tensor) -> Tensor:
+        x = photographs.permute(0, 3, 1, 2).float()
+        fixed = self._input_size is not None
+        rows, columns = (self.rows, self.columns) if fixed else self._matrices(x.shape[2], x.shape[3])
+        x = _whole(rows @ _whole(x @ columns))
+        return (x - self.mean) / self.std
+
+    def _matrices(self, height: Any, width: Any) -> tuple[Tensor, Tensor]:
+        """float32 [image_size, height] and [width, image_size], in units of 1 / _ONE."""
+        shorter = torch.sym_min(height, width)
+        rows, columns = (self._matrix(side, self._shorter * side // shorter) for side in (height, width))
+        return rows, columns.T.contiguous()
+
+    def _matrix(self, length: Any, resized: Any) -> Tensor:
+        """float32 [image_size, length]: a side of `length` pixels resized to `resized`, cropped at the centre.
+
+        A pixel's weight is Keys' cubic (a = -1/2) of its distance, stretched where the side shrinks: PIL's bicubic.
+        """
+        rest = resized - self._image_size
+        corner = rest // 2 + rest % 2 * (rest // 2 % 2)  # torchvision rounds half to even
+        target = torch.arange(self._image_size, dtype=torch.float64)[:, None] + corner + 0.5
+        source = torch.arange(length, dtype=torch.float64) + 0.5
+        x = ((source * resized - target * length) / torch.sym_max(length, resized)).abs()
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+        weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+        return (_ONE * weights / weights.sum(1, keepdim=True)).round().float()
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Sums in units of 1 / _ONE, rounded to pixels from 0 to 255."""
+    return (x / _ONE + 0.5).floor().clamp(0, 255)
 
 
 class _Pointwise(nn.Module):
@@ -99,18 +157,13 @@ def example_input(deployment: Deployment) -> Tensor:
 def metadata_of(model: RepGhostNet, deployment: Deployment) -> Metadata:
     """What a file says of itself; `repghost.export.runtimes.open_exported` reads it."""
     images = deployment.preprocessing
-    return {
-        "width": float(model.width),
-        "num_classes": model.classifier.out_features,
-        "image_size": images.image_size,
-        "crop_fraction": float(images.crop_fraction),
-        "mean": " ".join(map(str, images.mean)),
-        "std": " ".join(map(str, images.std)),
-        "batch": deployment.batch or 0,
-        "preprocess": int(deployment.preprocess),
-        "softmax": int(deployment.softmax),
-        "precision": deployment.precision,
-    }
+    numbers = {
+        "width": float(model.width), "num_classes": model.classifier.out_features, "image_size": images.image_size,
+        "crop_fraction": float(images.crop_fraction), "batch": deployment.batch or 0,
+        "preprocess": int(deployment.preprocess), "softmax": int(deployment.softmax),
+    }  # fmt: skip
+    normalization = {name: " ".join(map(str, getattr(images, name))) for name in ("mean", "std")}
+    return numbers | normalization | {"precision": deployment.precision}
 
 
 def write_onnx(module: Deployable, deployment: Deployment, path: Path, opset: int, metadata: Metadata) -> None:
@@ -133,7 +186,6 @@ def write_onnx(module: Deployable, deployment: Deployment, path: Path, opset: in
         torch.export.export(module, example, dynamic_shapes=(free,)),
         example,
         dynamo=True,
-        verbose=False,
         opset_version=opset,
         input_names=["image"],
         output_names=[deployment.output],
@@ -159,9 +211,8 @@ def write_executorch(program: ExportedProgram, path: Path, metadata: Metadata) -
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    lowered = to_edge_transform_and_lower(
-        program, partitioner=[XnnpackPartitioner()], constant_methods=dict(metadata) or None
-    )
+    partitioner, methods = [XnnpackPartitioner()], dict(metadata) or None
+    lowered = to_edge_transform_and_lower(program, partitioner=partitioner, constant_methods=methods)
     path.write_bytes(lowered.to_executorch().buffer)
 
 
@@ -190,13 +241,43 @@ def write_coreml(model: RepGhostNet, deployment: Deployment, path: Path) -> None
         ).save(str(path))
     except Exception as error:  # its versions lag behind torch's, and what then fails is of any kind
         tools = f"coremltools {version('coremltools')}"
-        raise UserError(f"{tools} cannot convert this with torch {version('torch')}: {first_line(error)}") from error
+        raise UserError(
+            f"{tools} cannot convert this with torch {version('torch')}: {first_sentence(error)}"
+        ) from error
 
 
-def coreml_operations(path: Path) -> set[str]:
-    """The kinds of operations in a Core ML package."""
-    import coremltools
+def quantize_onnx(path: Path, inputs: Sequence[Tensor]) -> None:
+    """Replaces the ONNX file by its INT8 form (QDQ), calibrated on `inputs`, one call of the file each."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    program = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec().mlProgram
-    blocks = [block for function in program.functions.values() for block in function.block_specializations.values()]
-    return {operation.type for block in blocks for operation in block.operations}
+    class Reader(CalibrationDataReader):
+        rest = iter(inputs)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({"image": x.numpy()} for x in self.rest), None)
+
+    def in_network(node: onnx.NodeProto) -> bool:
+        """By the modules that it comes from, as torch's exporter writes them: "['', 'network', ...]"."""
+        return any(p.key == "pkg.torch.onnx.name_scopes" and "'network'" in p.value for p in node.metadata_props)
+
+    exact = path.rename(path.with_suffix(".float32.onnx"))
+    others = [node.name for node in onnx.load(exact).graph.node if not in_network(node)]
+    kinds = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
+    quantize_static(exact, path, Reader(), per_channel=True, nodes_to_exclude=others, **kinds)
+
+
+@torch.no_grad()
+def quantize_executorch(module: Deployable, deployment: Deployment, inputs: Sequence[Tensor]) -> ExportedProgram:
+    """`module` as an exported program with the network in INT8 for XNNPACK, calibrated on `inputs` of `module`."""
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    symmetric = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = xnnpack.XNNPACKQuantizer().set_global(symmetric)
+    images = [x if module.preprocess is None else module.preprocess(x) for x in inputs]
+    program = torch.export.export(module.network, (images[0],))
+    prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
+    for batch in images:
+        prepared(batch)
+    return torch.export.export(Deployable(convert_pt2e(prepared), deployment), (inputs[0],))

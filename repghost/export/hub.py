@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from repghost.errors import UserError
 from repghost.files import write_text
 from repghost.model import RepGhostNet
+from repghost.options import preprocessing_of
 from repghost.reference import timm_name
 from repghost.run import class_names_of, data_name, load_run, read_config
-from repghost.source import preprocessing_of
 from repghost.weights import WEIGHTS_FILE, save_weights
 
 
@@ -32,11 +32,10 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
     Raises UserError for a run that is not evaluated and for a width that timm has no architecture of.
     """
     config = read_config(directory)
-    architecture = timm_name(config.width).partition(".")[0]
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
+    described = _timm_config(model, config, class_names_of(directory))
     save_weights(model, out / WEIGHTS_FILE)
-    described = _timm_config(model, architecture, config, class_names_of(directory))
     write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
     card = _card(directory.name, config, evaluation)
     if (curve := directory / "curve.png").exists():
@@ -47,19 +46,15 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
 
 def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
     path = directory / ("evaluation.json" if selection == "last" else f"evaluation_{selection}.json")
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        what = f"python evaluate.py run={directory} selection={selection}"
-        raise UserError(f"{path}: missing; {what} writes it") from None
+    if not path.exists():
+        raise UserError(f"{path}: missing; python evaluate.py run={directory} selection={selection} writes it")
+    return json.loads(path.read_text())
 
 
-def _timm_config(
-    model: RepGhostNet, architecture: str, config: DictConfig, names: Sequence[str] | None
-) -> dict[str, Any]:
+def _timm_config(model: RepGhostNet, config: DictConfig, names: Sequence[str] | None) -> dict[str, Any]:
     images, classes = preprocessing_of(config), model.classifier.out_features
     return {
-        "architecture": architecture,
+        "architecture": timm_name(config.width).partition(".")[0],
         "num_classes": classes,
         "num_features": model.classifier.in_features,
         "global_pool": "avg",
@@ -81,29 +76,14 @@ def _timm_config(
 
 
 def _card(title: str, config: DictConfig, evaluation: dict[str, Any]) -> str:
-    data = data_name(config)
+    task, data = "image-classification", data_name(config)
     results = [
-        EvalResult("image-classification", data, data, "accuracy", round(evaluation[key], 2), metric_name=name)
-        for key, name in (("top1", "Top-1 accuracy (%)"), ("top5", "Top-5 accuracy (%)"))
+        EvalResult(task, data, data, "accuracy", round(evaluation[f"top{k}"], 2), metric_name=f"Top-{k} accuracy (%)")
+        for k in (1, 5)
     ]
-    metadata = ModelCardData(
-        model_name=title,
-        eval_results=results,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "repghostnet"],
-    )
-    return (
-        files("repghost")
-        .joinpath("export/card.md")
-        .read_text()
-        .format(
-            title=title,
-            metadata=metadata.to_yaml(),
-            config=config,
-            data=data,
-            epoch="best" if evaluation["selection"] == "best_ema" else "last",
-            recipe=OmegaConf.to_yaml(config.recipe),
-            result=evaluation,
-        )
-    )
+    tags = [task, "timm", "repghostnet"]
+    metadata = ModelCardData(model_name=title, eval_results=results, library_name="timm", pipeline_tag=task, tags=tags)
+    epoch = "best" if evaluation["selection"] == "best_ema" else "last"
+    values = {"title": title, "metadata": metadata.to_yaml(), "config": config, "data": data, "epoch": epoch}
+    card = files("repghost").joinpath("export/card.md").read_text()
+    return card.format(**values, recipe=OmegaConf.to_yaml(config.recipe), result=evaluation)

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repghost.errors import UserError
-from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
-
-EVALUATED = (".onnx", ".pte")
+from repghost.weights import first_sentence, load_model
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -37,35 +35,30 @@ METADATA: dict[str, Callable[[Any], Any]] = {
     "precision": str, "crop_fraction": float, "mean": _numbers, "std": _numbers,
 }  # fmt: skip
 # Files of earlier versions do not say these.
-_BEFORE = {
-    "crop_fraction": 0.875, "mean": " ".join(map(str, IMAGENET_MEAN)), "std": " ".join(map(str, IMAGENET_STD)),
-}  # fmt: skip
+_BEFORE = {"crop_fraction": 0.875, "mean": "0.485 0.456 0.406", "std": "0.229 0.224 0.225"}
 
 
 class ExportedModel(nn.Module):
     """An exported file as a network: images of what the file takes, float32 [N, num_classes] out.
 
-    batch: how many images a call of the file takes, None for any; a last batch is filled up and cut off again.
-    metadata: what the file says of itself. It has no parameters.
+    metadata: what the file says of itself. Where that is the `batch` of a call, a last batch is filled up and cut off
+    again. It has no parameters.
     """
 
-    def __init__(
-        self, call: Callable[[Tensor], Tensor], batch: int | None = None, metadata: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, call: Callable[[Tensor], Tensor], metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self._call, self._batch, self.metadata = call, batch, metadata or {}
+        self._call, self.metadata = call, metadata or {}
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        chunks = images.cpu().contiguous().split(self._batch or len(images))
-        outputs = []
-        for chunk in chunks:
-            missing = (self._batch or len(chunk)) - len(chunk)
-            outputs.append(self._call(F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(chunk)])
+        batch, outputs = int(self.metadata.get("batch", 0)) or len(images), []
+        for chunk in images.cpu().contiguous().split(batch):
+            padding = (0, 0, 0, 0, 0, 0, 0, batch - len(chunk))
+            outputs.append(self._call(F.pad(chunk, padding))[: len(chunk)])
         return torch.cat(outputs).to(images.device)
 
 
-def open_onnx(path: str | Path, batch: int | None = None) -> ExportedModel:
+def open_onnx(path: str | Path) -> ExportedModel:
     """An ONNX file in onnxruntime, on the CPU."""
     session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -73,10 +66,10 @@ def open_onnx(path: str | Path, batch: int | None = None) -> ExportedModel:
     def call(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
-    return ExportedModel(call, batch, dict(session.get_modelmeta().custom_metadata_map))
+    return ExportedModel(call, session.get_modelmeta().custom_metadata_map)
 
 
-def open_executorch(path: str | Path, batch: int | None = None) -> ExportedModel:
+def open_executorch(path: str | Path) -> ExportedModel:
     """An ExecuTorch program in ExecuTorch's own runtime."""
     runtime = require("executorch.runtime")
     with quiet():
@@ -89,30 +82,34 @@ def open_executorch(path: str | Path, batch: int | None = None) -> ExportedModel
         with quiet():
             return method.execute([images])[0].clone()  # the next call writes to the same memory
 
-    return ExportedModel(call, batch, metadata)
+    return ExportedModel(call, metadata)
 
 
-def open_torchscript(path: str | Path, batch: int | None = None) -> ExportedModel:
-    """A TorchScript file in torch."""
-    with quiet():
-        return ExportedModel(torch.jit.load(str(path)), batch)
+def open_written(path: Path, width: float) -> ExportedModel:
+    """A file in its own runtime; of safetensors, a network of this width with its weights."""
+    match path.suffix:
+        case ".onnx":
+            return open_onnx(path)
+        case ".pte":
+            return open_executorch(path)
+        case ".pt":
+            with quiet():
+                return ExportedModel(torch.jit.load(str(path)))
+    return ExportedModel(load_model(path, width))
 
 
 def is_exported(weights: Any) -> bool:
     """Whether weights= names an exported file that can be evaluated."""
-    return Path(str(weights)).suffix in EVALUATED
+    return Path(str(weights)).suffix in (".onnx", ".pte")
 
 
 def open_exported(
-    path: str | Path,
-    image_size: int,
-    precision: str = "float32",
-    normalization: Mapping[str, Sequence[float]] | None = None,
+    path: str | Path, image_size: int, precision: str, normalization: Mapping[str, Sequence[float]]
 ) -> ExportedModel:
     """An exported file for evaluation on normalized images of `image_size` pixels, with its metadata in their types.
 
     precision: what the command asks for; a file has its own, which leaves only the usual "float32". normalization:
-    the `mean` and `std` of the images; None trusts the caller.
+    the `mean` and `std` of the images.
 
     Raises UserError for a file that is not one of `repghost.export`, or that takes or gives something else.
     """
@@ -121,27 +118,23 @@ def open_exported(
         raise UserError(f"precision={precision}: an exported file computes in its own")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    opener = open_onnx if path.suffix == ".onnx" else open_executorch
     try:
-        found = _BEFORE | opener(path).metadata
-    except UserError:
-        raise
+        model = open_onnx(path) if path.suffix == ".onnx" else open_executorch(path)
     except Exception as error:  # the runtimes' own exceptions have no common class
-        raise UserError(f"{path}: its runtime cannot load it ({first_line(error)})") from None
+        raise UserError(f"{path}: its runtime cannot load it ({first_sentence(error)})") from None
+    found = _BEFORE | dict(model.metadata)
     if missing := [key for key in METADATA if key not in found]:
         raise UserError(f"{path}: not written by repghost.export, it does not say its {missing[0]}")
-    metadata = {key: read(found[key]) for key, read in METADATA.items()}
+    model.metadata = metadata = {key: read(found[key]) for key, read in METADATA.items()}
     for key, what in (("preprocess", "takes photographs"), ("softmax", "gives probabilities")):
         if metadata[key]:
             raise UserError(f"{path}: {what}, evaluation needs an export without {key}=true")
     if (size := metadata["image_size"]) != image_size:
         raise UserError(f"{path}: takes images of {size} pixels: image_size={size}")
     for key in ("mean", "std"):
-        if normalization is not None and tuple(normalization[key]) != metadata[key]:
+        if tuple(normalization[key]) != metadata[key]:
             value = f"[{','.join(map(str, metadata[key]))}]"
             raise UserError(f"{path}: takes images with another {key}: data.augment.{key}={value}")
-    model = opener(path, metadata["batch"] or None)
-    model.metadata = metadata
     return model
 
 
@@ -154,27 +147,18 @@ def require(package: str) -> ModuleType:
         raise UserError(f"{error.name or package} is not installed: pip install 'repghost[deploy]'") from None
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Holds back what exporters and runtimes print, also from C++; when they fail, it is printed after all."""
-    with tempfile.TemporaryFile() as kept, io.StringIO() as printed:
+    with tempfile.TemporaryFile() as kept, open(os.dup(2), "wb") as stderr, warnings.catch_warnings(action="ignore"):
         sys.stderr.flush()
-        stderr = os.dup(2)
         os.dup2(kept.fileno(), 2)
         try:
-            with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(printed):
-                warnings.simplefilter("ignore")
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 yield
-        except UserError:
-            raise
-        except BaseException:
+        except BaseException as error:
             kept.seek(0)
-            os.write(stderr, kept.read())
+            stderr.write(b"" if isinstance(error, UserError) else kept.read())
             raise
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            os.dup2(stderr.fileno(), 2)
