@@ -9,9 +9,8 @@ Check: `pytest tests/test_augment.py`.
 """
 
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, TypeVar
 
@@ -19,11 +18,12 @@ import torch
 from torch import Tensor
 
 from data import sampling
-from data.pil_ops import blend, channels, grey, mean_grey
+from data.pil_ops import black, blend, channels, grey, mean_grey
 from data.rand_augment import RandAugment
-from repghost.errors import UserError, run_command
+from repghost.errors import UserError
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
+DEGENERATES = (black, mean_grey, grey)  # what a factor of 0 leaves
 ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with
 
 # Each product and sum rounded by itself and divisions rounded correctly, as without torch.compile: contracted to fused
@@ -89,19 +89,9 @@ class Normalize:
         self.std = tuple(255.0 * value for value in std)
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
-        mean, std = self._constants(images)
-        if not _prefers_groups(images):
-            return normalize(images, mean, std)
-        result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            normalize(images[rows], mean, std, result[rows])
-        return result
-
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
-        like = images.new_empty(0, dtype=torch.float32)
-        return channels(self.mean, like), channels(self.std, like)
+        """Normalizes uint8 [N, 3, H, W], or float32 of the same values, and does nothing else: float32."""
+        pixels = images.float()
+        return pixels.sub(channels(self.mean, pixels)).div_(channels(self.std, pixels))
 
 
 class Augment(Normalize):
@@ -141,7 +131,7 @@ class Augment(Normalize):
         nothing but the erasing noise.
         """
         if grouped is None:
-            grouped = _prefers_groups(images)
+            grouped = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if grouped:
             return self._train_in_groups(images, uniforms, generator)
         noise = None
@@ -156,38 +146,31 @@ class Augment(Normalize):
         )
 
     def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
-        flipped, colour, boxes = self._draw(images, uniforms)
-        pixels = self._colour(flip(images, flipped, grouped=False), uniforms, colour, grouped=False)
-        pixels = normalize(pixels, *self._constants(images))
+        colour, boxes = self._draw(images, uniforms)
+        pixels = self._pixels(images, uniforms, colour, grouped=False)
         return pixels if boxes is None or noise is None else erase(pixels, boxes, noise)
 
     def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
-        flipped, colour, boxes = self._draw(images, uniforms)  # once: drawing for every piece would cost more
+        colour, boxes = self._draw(images, uniforms)  # once: drawing for every piece would cost more
         result = torch.empty_like(images, dtype=torch.float32)
-        mean, std = self._constants(images)
         for rows in _pieces(images):
-            pixels = flip(images[rows], flipped[rows], grouped=True)
-            part = None if colour is None else (colour[0][rows], colour[1][rows])
-            pixels = self._colour(pixels, uniforms[rows], part, grouped=True)
-            normalize(pixels, mean, std, result[rows])
+            part = colour and (colour[0][rows], colour[1][rows])
+            result[rows] = self._pixels(images[rows], uniforms[rows], part, grouped=True)
             if boxes is not None:
                 erase_in_place(result[rows], boxes[rows], generator)
         return result
 
-    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Whether to flip (bool [N]), factors and order of `jitter`, boxes to erase."""
-        colour = None if self.jitter is None else self.jitter.draw(uniforms)
+    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Factors and order of `jitter`, boxes to erase."""
         boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
-        return uniforms[:, sampling.FLIP] < self.flip, colour, boxes
+        return None if self.jitter is None else self.jitter.draw(uniforms), boxes
 
-    def _colour(self, pixels: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
+    def _pixels(self, images: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
+        """All but the erasing; colour: factors and order of `jitter`."""
+        pixels = flip(images, uniforms[:, sampling.FLIP] < self.flip, grouped)
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, grouped)
-        return pixels if colour is None else jitter(pixels, *colour, grouped)
-
-
-def _prefers_groups(images: Tensor) -> bool:
-    return images.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped))
 
 
 def _pieces(images: Tensor) -> Iterator[slice]:
@@ -213,11 +196,6 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
     return torch.where(inside, noise, pixels)
 
 
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32 (pixels - mean) / std, into `out` if there is one."""
-    return torch.sub(pixels.float(), mean, out=out).div_(std)
-
-
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
     """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
     if grouped:
@@ -238,26 +216,15 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Ten
         for knob in _mixed_order(order):
             factor = factors.gather(1, knob.unsqueeze(1)).view(-1, 1, 1, 1)
             knob = knob.view(-1, 1, 1, 1)
-            luma = grey(pixels)
-            degenerate = torch.where(knob == SATURATION, luma, 0.0)
-            degenerate = torch.where(knob == CONTRAST, mean_grey(luma), degenerate)
+            degenerate = torch.where(knob == SATURATION, grey(pixels), 0.0)
+            degenerate = torch.where(knob == CONTRAST, mean_grey(pixels), degenerate)
             pixels = blend(degenerate, pixels, factor)
         return pixels
 
     for image, image_factors, sequence in zip(pixels.split(1), factors.tolist(), order.tolist(), strict=True):
         for knob in ORDERS[sequence]:
-            _blend_in_place(image, knob, image_factors[knob])
+            blend(DEGENERATES[knob](image), image, image_factors[knob], out=image)
     return pixels
-
-
-def _blend_in_place(pixels: Tensor, knob: int, factor: float) -> None:
-    """`blend` of float32 [N, 3, H, W] with what a factor of 0 leaves of it: black, its mean grey or its grey."""
-    if knob == BRIGHTNESS:
-        pixels.mul_(factor)
-    else:
-        degenerate = mean_grey(grey(pixels)) if knob == CONTRAST else grey(pixels)
-        pixels.sub_(degenerate).mul_(factor).add_(degenerate)
-    pixels.clamp_(0.0, 255.0).floor_()
 
 
 def _mixed_order(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,19 +242,11 @@ def _between(share: Tensor, low: float, high: float) -> Tensor:
 T = TypeVar("T")
 
 
-def _options(kind: type[T], name: str, values: Mapping[str, Any] | None) -> T | None:
+def _options(kind: Callable[..., T], name: str, values: Mapping[str, Any] | None) -> T | None:
     """A `kind` of exactly its own keys."""
     if values is None:
         return None
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if set(values) != known:
-        wrong = ", ".join(sorted(set(values) ^ known))
-        raise UserError(f"{name}: unknown or missing {wrong}; the keys are {', '.join(sorted(known))}")
-    # Plain tuples instead of the configuration's own lists, which torch.compile could not follow.
-    return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
-
-
-if __name__ == "__main__":
-    from data.show import main  # imports this module
-
-    sys.exit(run_command(main))
+    try:  # plain tuples instead of the configuration's own lists, which torch.compile could not follow
+        return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from None
