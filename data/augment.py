@@ -2,14 +2,14 @@
 
 One implementation for both loaders, on the training device. Every decision comes from the uniforms of `data.sampling`;
 only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one treats all
-samples alike and never waits for the device (GPUs, torch.compile), one walks through pieces that fit a CPU's cache and
-does for each sample only what was drawn for it.
+samples alike and never waits for the device (GPUs, torch.compile), one takes them one by one, which a CPU's cache
+holds, and does for each only what was drawn for it.
 Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
 Check: `pytest tests/test_augment.py`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, TypeVar
@@ -29,8 +29,6 @@ ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` co
 # Each product and sum rounded by itself and divisions rounded correctly, as without torch.compile: contracted to fused
 # multiply-adds, some values fall on the other side of the floor that makes them integers again.
 _AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
-
-_CACHED = 2**18  # values of one piece on a CPU: 1 MiB of float32, which a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -127,13 +125,13 @@ class Augment(Normalize):
         """Augment and normalize.
 
         images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; generator: of the erasing
-        noise, torch's global one if None; grouped: which of the two paths, chosen by the device if None. They differ in
-        nothing but the erasing noise.
+        noise, torch's global one if None; grouped: one by one or all alike, chosen by the device if None. The two paths
+        differ in nothing but the erasing noise.
         """
         if grouped is None:
             grouped = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if grouped:
-            return self._train_in_groups(images, uniforms, generator)
+            return self._train_one_by_one(images, uniforms, generator)
         noise = None
         if self.erase is not None:  # drawn out here: torch.compile takes no generator
             noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -150,14 +148,14 @@ class Augment(Normalize):
         pixels = self._pixels(images, uniforms, colour, grouped=False)
         return pixels if boxes is None or noise is None else erase(pixels, boxes, noise)
 
-    def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
-        colour, boxes = self._draw(images, uniforms)  # once: drawing for every piece would cost more
+    def _train_one_by_one(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
+        colour, boxes = self._draw(images, uniforms)  # once: drawing for every sample would cost more
         result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            part = colour and (colour[0][rows], colour[1][rows])
-            result[rows] = self._pixels(images[rows], uniforms[rows], part, grouped=True)
+        for sample in map(slice, range(len(images)), range(1, len(images) + 1)):  # one fits a core's cache
+            part = colour and (colour[0][sample], colour[1][sample])
+            result[sample] = self._pixels(images[sample], uniforms[sample], part, grouped=True)
             if boxes is not None:
-                erase_in_place(result[rows], boxes[rows], generator)
+                erase_in_place(result[sample], boxes[sample], generator)
         return result
 
     def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
@@ -171,12 +169,6 @@ class Augment(Normalize):
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, grouped)
         return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped))
-
-
-def _pieces(images: Tensor) -> Iterator[slice]:
-    """Rows of each piece that a CPU's cache holds."""
-    piece = max(1, _CACHED // images[0].numel())
-    return (slice(start, start + piece) for start in range(0, len(images), piece))
 
 
 def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None) -> None:
@@ -198,11 +190,8 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
 
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
     """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
-    if grouped:
-        index = flipped.nonzero().flatten()
-        if len(index) == len(images):
-            return images.flip(3)
-        return images.index_copy(0, index, images[index].flip(3)) if len(index) else images
+    if grouped and not flipped.any():
+        return images
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 

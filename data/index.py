@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from data.parallel import available_cpus
-from data.shards import DEFAULT_PATTERNS, MANIFEST, find_shards, load_manifest, prepared_split, scanned_samples
+from data.shards import DEFAULT_PATTERNS, MANIFEST, find_shards, load_manifest, prepared_split, scanned_samples, verify
 from data.tars import member_name, member_names
-from data.verify import verify
 from repghost.errors import UserError, run_command
 from repghost.files import read_class_names
 
@@ -133,7 +132,7 @@ def _show(options: argparse.Namespace) -> int:
         if options.verify:
             entries = described[split]["shards"] if prepared else [{}] * len(index.shards)
             checksums = [entry.get("sha256") for entry in entries]
-            damaged += verify(index.shards, index.samples, checksums, options.workers, f"verifying {split}")
+            damaged += verify(index.shards, index.samples, checksums, options.workers)
     if options.verify:
         print(*damaged, f"{len(damaged)} damaged" if damaged else "no damaged images", sep="\n")
     return 1 if damaged else 0

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +19,8 @@ from braceexpand import braceexpand
 from filelock import FileLock
 from tqdm import tqdm
 
-from data.parallel import available_cpus, run_parallel
-from data.tars import read_rows, scan_shard
+from data.parallel import available_cpus, check_stop, run_parallel
+from data.tars import DecodeError, member_name, member_names, open_image, read_rows, scan_shard
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256
 
@@ -138,3 +139,39 @@ def _scan(shards: Sequence[str]) -> np.ndarray:
             found["shard"] = number
             rows[number] = found
     return np.concatenate([rows[number] for number in range(len(shards))])
+
+
+# -- damage, for python -m data.index SHARDS --verify ------------------------------------------------------------------
+
+
+def verify(shards: Sequence[str], samples: np.ndarray, checksums: Sequence[str | None], workers: int) -> list[str]:
+    """A line for each shard or image that is not what it was.
+
+    samples: [N] of SAMPLE, in the order of the shards. checksums: the sha256 of each shard, where there is one.
+    """
+    bounds = np.searchsorted(samples["shard"], np.arange(1, len(shards)))
+    tasks = list(zip(shards, np.split(samples, bounds), checksums, strict=True))
+    damaged: dict[int, list[str]] = {}
+    with closing(run_parallel(_verify_shard, tasks, min(workers, len(tasks)))) as results:
+        for number, lines in tqdm(results, total=len(tasks), desc="verifying", unit="shard"):
+            damaged[number] = lines
+    return [line for number in sorted(damaged) for line in damaged[number]]
+
+
+def _verify_shard(task: tuple[str, np.ndarray, str | None]) -> list[str]:
+    path, samples, checksum = task
+    lines = []
+    names = member_names(path)
+    with open(path, "rb") as file:
+        for sample in samples:
+            check_stop()
+            data = os.pread(file.fileno(), int(sample["size"]), int(sample["offset"]))
+            try:
+                if zlib.crc32(data) != sample["crc32"]:
+                    raise DecodeError("its bytes have changed (checksum)")
+                open_image(data, decode=True)
+            except DecodeError as error:
+                lines.append(f"{path}: {member_name(names, int(sample['offset']))}: {error}")
+    if checksum is not None and not lines and file_sha256(path) != checksum:
+        lines.append(f"{path}: its labels or tar headers have changed (checksum): copy it again")
+    return lines
