@@ -2,16 +2,15 @@
 
 One implementation for both loaders, on the training device. Every decision comes from the uniforms of `data.sampling`;
 only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one treats all
-samples alike and never waits for the device (GPUs, torch.compile), one walks through pieces that fit a CPU's cache and
-does for each sample only what was drawn for it.
+samples alike and never waits for the device (GPUs, torch.compile), one takes them one by one, which a CPU's cache
+holds, and does for each only what was drawn for it.
 Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
 Check: `pytest tests/test_augment.py`.
 """
 
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, TypeVar
 
@@ -19,18 +18,17 @@ import torch
 from torch import Tensor
 
 from data import sampling
-from data.pil_ops import blend, channels, grey, mean_grey
+from data.pil_ops import black, blend, channels, grey, mean_grey
 from data.rand_augment import RandAugment
-from repghost.errors import UserError, run_command
+from repghost.errors import UserError
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
+DEGENERATES = (black, mean_grey, grey)  # what a factor of 0 leaves
 ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with
 
 # Each product and sum rounded by itself and divisions rounded correctly, as without torch.compile: contracted to fused
 # multiply-adds, some values fall on the other side of the floor that makes them integers again.
 _AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
-
-_CACHED = 2**18  # values of one piece on a CPU: 1 MiB of float32, which a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -89,19 +87,9 @@ class Normalize:
         self.std = tuple(255.0 * value for value in std)
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Normalize uint8 [N, 3, H, W], nothing else: float32."""
-        mean, std = self._constants(images)
-        if not _prefers_groups(images):
-            return normalize(images, mean, std)
-        result = torch.empty_like(images, dtype=torch.float32)
-        for rows in _pieces(images):
-            normalize(images[rows], mean, std, result[rows])
-        return result
-
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, float32 [1, 3, 1, 1] each, where `images` are."""
-        like = images.new_empty(0, dtype=torch.float32)
-        return channels(self.mean, like), channels(self.std, like)
+        """Normalizes uint8 [N, 3, H, W], or float32 of the same values, and does nothing else: float32."""
+        pixels = images.float()
+        return pixels.sub(channels(self.mean, pixels)).div_(channels(self.std, pixels))
 
 
 class Augment(Normalize):
@@ -137,13 +125,13 @@ class Augment(Normalize):
         """Augment and normalize.
 
         images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; generator: of the erasing
-        noise, torch's global one if None; grouped: which of the two paths, chosen by the device if None. They differ in
-        nothing but the erasing noise.
+        noise, torch's global one if None; grouped: one by one or all alike, chosen by the device if None. The two paths
+        differ in nothing but the erasing noise.
         """
         if grouped is None:
-            grouped = _prefers_groups(images)
+            grouped = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if grouped:
-            return self._train_in_groups(images, uniforms, generator)
+            return self._train_one_by_one(images, uniforms, generator)
         noise = None
         if self.erase is not None:  # drawn out here: torch.compile takes no generator
             noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -156,44 +144,31 @@ class Augment(Normalize):
         )
 
     def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
-        flipped, colour, boxes = self._draw(images, uniforms)
-        pixels = self._colour(flip(images, flipped, grouped=False), uniforms, colour, grouped=False)
-        pixels = normalize(pixels, *self._constants(images))
+        colour, boxes = self._draw(images, uniforms)
+        pixels = self._pixels(images, uniforms, colour, grouped=False)
         return pixels if boxes is None or noise is None else erase(pixels, boxes, noise)
 
-    def _train_in_groups(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
-        flipped, colour, boxes = self._draw(images, uniforms)  # once: drawing for every piece would cost more
+    def _train_one_by_one(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
+        colour, boxes = self._draw(images, uniforms)  # once: drawing for every sample would cost more
         result = torch.empty_like(images, dtype=torch.float32)
-        mean, std = self._constants(images)
-        for rows in _pieces(images):
-            pixels = flip(images[rows], flipped[rows], grouped=True)
-            part = None if colour is None else (colour[0][rows], colour[1][rows])
-            pixels = self._colour(pixels, uniforms[rows], part, grouped=True)
-            normalize(pixels, mean, std, result[rows])
+        for sample in map(slice, range(len(images)), range(1, len(images) + 1)):  # one fits a core's cache
+            part = colour and (colour[0][sample], colour[1][sample])
+            result[sample] = self._pixels(images[sample], uniforms[sample], part, grouped=True)
             if boxes is not None:
-                erase_in_place(result[rows], boxes[rows], generator)
+                erase_in_place(result[sample], boxes[sample], generator)
         return result
 
-    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Whether to flip (bool [N]), factors and order of `jitter`, boxes to erase."""
-        colour = None if self.jitter is None else self.jitter.draw(uniforms)
+    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Factors and order of `jitter`, boxes to erase."""
         boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
-        return uniforms[:, sampling.FLIP] < self.flip, colour, boxes
+        return None if self.jitter is None else self.jitter.draw(uniforms), boxes
 
-    def _colour(self, pixels: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
+    def _pixels(self, images: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
+        """All but the erasing; colour: factors and order of `jitter`."""
+        pixels = flip(images, uniforms[:, sampling.FLIP] < self.flip, grouped)
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, grouped)
-        return pixels if colour is None else jitter(pixels, *colour, grouped)
-
-
-def _prefers_groups(images: Tensor) -> bool:
-    return images.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _pieces(images: Tensor) -> Iterator[slice]:
-    """Rows of each piece that a CPU's cache holds."""
-    piece = max(1, _CACHED // images[0].numel())
-    return (slice(start, start + piece) for start in range(0, len(images), piece))
+        return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped))
 
 
 def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None) -> None:
@@ -213,18 +188,10 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
     return torch.where(inside, noise, pixels)
 
 
-def normalize(pixels: Tensor, mean: Tensor, std: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32 (pixels - mean) / std, into `out` if there is one."""
-    return torch.sub(pixels.float(), mean, out=out).div_(std)
-
-
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
     """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
-    if grouped:
-        index = flipped.nonzero().flatten()
-        if len(index) == len(images):
-            return images.flip(3)
-        return images.index_copy(0, index, images[index].flip(3)) if len(index) else images
+    if grouped and not flipped.any():
+        return images
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -238,26 +205,15 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Ten
         for knob in _mixed_order(order):
             factor = factors.gather(1, knob.unsqueeze(1)).view(-1, 1, 1, 1)
             knob = knob.view(-1, 1, 1, 1)
-            luma = grey(pixels)
-            degenerate = torch.where(knob == SATURATION, luma, 0.0)
-            degenerate = torch.where(knob == CONTRAST, mean_grey(luma), degenerate)
+            degenerate = torch.where(knob == SATURATION, grey(pixels), 0.0)
+            degenerate = torch.where(knob == CONTRAST, mean_grey(pixels), degenerate)
             pixels = blend(degenerate, pixels, factor)
         return pixels
 
     for image, image_factors, sequence in zip(pixels.split(1), factors.tolist(), order.tolist(), strict=True):
         for knob in ORDERS[sequence]:
-            _blend_in_place(image, knob, image_factors[knob])
+            blend(DEGENERATES[knob](image), image, image_factors[knob], out=image)
     return pixels
-
-
-def _blend_in_place(pixels: Tensor, knob: int, factor: float) -> None:
-    """`blend` of float32 [N, 3, H, W] with what a factor of 0 leaves of it: black, its mean grey or its grey."""
-    if knob == BRIGHTNESS:
-        pixels.mul_(factor)
-    else:
-        degenerate = mean_grey(grey(pixels)) if knob == CONTRAST else grey(pixels)
-        pixels.sub_(degenerate).mul_(factor).add_(degenerate)
-    pixels.clamp_(0.0, 255.0).floor_()
 
 
 def _mixed_order(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,19 +231,11 @@ def _between(share: Tensor, low: float, high: float) -> Tensor:
 T = TypeVar("T")
 
 
-def _options(kind: type[T], name: str, values: Mapping[str, Any] | None) -> T | None:
+def _options(kind: Callable[..., T], name: str, values: Mapping[str, Any] | None) -> T | None:
     """A `kind` of exactly its own keys."""
     if values is None:
         return None
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if set(values) != known:
-        wrong = ", ".join(sorted(set(values) ^ known))
-        raise UserError(f"{name}: unknown or missing {wrong}; the keys are {', '.join(sorted(known))}")
-    # Plain tuples instead of the configuration's own lists, which torch.compile could not follow.
-    return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
-
-
-if __name__ == "__main__":
-    from data.show import main  # imports this module
-
-    sys.exit(run_command(main))
+    try:  # plain tuples instead of the configuration's own lists, which torch.compile could not follow
+        return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
+    except TypeError as error:
+        raise UserError(f"{name}: {error}") from None

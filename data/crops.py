@@ -12,7 +12,7 @@ import numpy as np
 
 from data import sampling
 from data.index import Index
-from data.sampling import BICUBIC, BILINEAR, NUM_UNIFORMS, RankSampler, epoch_order
+from data.sampling import NUM_UNIFORMS, RankSampler, epoch_order
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class BatchCrops:
 
     image_size: side of the output. positions: int64 [N], the index of each row in the epoch. uniforms: float32
     [N, NUM_UNIFORMS]. samples: int64 [M], rows of the index; M is less than N at the end of validation.
-    windows: int64 [M, 4] of (top, left, height, width), what is cut from the stored image. sizes: int64 [M, 2] of
-    (height, width), what the window is resized to. corners: int64 [M, 2] of (top, left), where the output begins in
-    that. bicubic: bool [M], otherwise bilinear.
+    windows: int64 [N, 4] of (top, left, height, width), what is cut from the stored image. sizes: int64 [N, 2] of
+    (height, width), what the window is resized to. corners: int64 [N, 2] of (top, left), where the output begins in
+    that. bicubic: bool [N], otherwise bilinear. Rows from M on are those of an image of the output's size.
     """
 
     image_size: int
@@ -61,7 +61,7 @@ class RandomCrops:
             windows=crop_windows(uniforms, stored["height"], stored["width"], self.scale, self.ratio),
             sizes=np.full((count, 2), self.image_size),
             corners=np.zeros((count, 2), np.int64),
-            bicubic=interpolations(uniforms) == BICUBIC,
+            bicubic=uniforms[:, sampling.INTERPOLATION] >= 0.5,  # timm's interpolation="random"
         )
 
 
@@ -81,10 +81,10 @@ class CenterCrops:
         """The crops of batch `batch`; the same in every epoch."""
         count, start = self.sampler.batch_size, self.sampler.start(batch)
         samples = np.arange(min(start, self.sampler.samples), min(start + count, self.sampler.samples))
-        stored = self.index.samples[samples]
-        sizes = evaluation_sizes(stored["height"], stored["width"], int(self.image_size / self.crop_fraction))
-        windows = np.zeros((len(samples), 4), np.int64)
-        windows[:, 2], windows[:, 3] = stored["height"], stored["width"]
+        windows = np.tile([0, 0, self.image_size, self.image_size], (count, 1))
+        for column, side in ((2, "height"), (3, "width")):
+            windows[: len(samples), column] = self.index.samples[side][samples]
+        sizes = evaluation_sizes(windows[:, 2], windows[:, 3], int(self.image_size / self.crop_fraction))
         return BatchCrops(
             image_size=self.image_size,
             positions=np.arange(start, start + count),
@@ -94,7 +94,7 @@ class CenterCrops:
             sizes=sizes,
             # torchvision's CenterCrop rounds half to even; so does numpy.
             corners=np.rint((sizes - self.image_size) / 2).astype(np.int64),
-            bicubic=np.ones(len(samples), bool),
+            bicubic=np.ones(count, bool),
         )
 
 
@@ -122,12 +122,8 @@ def crop_windows(
     h, w = h[rows, first], w[rows, first]
     top = np.floor(uniforms[:, sampling.CROP_TOP].astype(np.float64) * (height - h + 1)).astype(np.int64)
     left = np.floor(uniforms[:, sampling.CROP_LEFT].astype(np.float64) * (width - w + 1)).astype(np.int64)
-    windows = np.stack([top, left, h, w], axis=1)
-
-    none_fits = ~fits.any(axis=1)
-    if none_fits.any():
-        windows[none_fits] = _central_windows(height[none_fits], width[none_fits], ratio)
-    return windows
+    drawn = np.stack([top, left, h, w], axis=1)
+    return np.where(fits.any(axis=1, keepdims=True), drawn, _central_windows(height, width, ratio))
 
 
 def _central_windows(height: np.ndarray, width: np.ndarray, ratio: Sequence[float]) -> np.ndarray:
@@ -136,11 +132,6 @@ def _central_windows(height: np.ndarray, width: np.ndarray, ratio: Sequence[floa
     w = np.where(width / height > ratio[1], np.minimum(np.rint(height * ratio[1]), width), width).astype(np.int64)
     h, w = np.maximum(h, 1), np.maximum(w, 1)
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
-
-
-def interpolations(uniforms: np.ndarray) -> np.ndarray:
-    """int64 [N]: BILINEAR or BICUBIC, each with probability 1/2 (timm's `interpolation="random"`)."""
-    return np.where(uniforms[:, sampling.INTERPOLATION] < 0.5, BILINEAR, BICUBIC)
 
 
 def evaluation_sizes(height: np.ndarray, width: np.ndarray, shorter: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -31,6 +32,8 @@ from repghost.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# One batch as it was read: its crops, labels (int64 [N], -1 for a row without an image), a line for each bad image.
+_Read = tuple[BatchCrops, np.ndarray, list[str]]
 _BLACK = b"P6 1 1 255\n\0\0\0"  # an image of one black pixel, where there is none
 
 
@@ -72,57 +75,41 @@ class DaliLoader:
         yield from within_budget(self._batches(epoch, first % len(self)), self.options.skip_bad)
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Batch, list[str]]]:
-        stream = self._stream_at(epoch * len(self) + first)
-        for batch in range(first, len(self)):
-            images, read = stream.next()
-            assert read.crops.positions[0] == self.crops.sampler.start(batch), "DALI lost or repeated a batch"
-            rest = map(torch.from_numpy, (read.labels, read.crops.positions, read.crops.uniforms))
-            yield Batch(*map(self._pinned, (images, *rest))), read.errors
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.options.pin_memory and not tensor.is_cuda else tensor
-
-    def _stream_at(self, iteration: int) -> "_Stream":
-        """The stream whose next batch is that of `iteration`: the one that is open, if it stands there."""
+        iteration = epoch * len(self) + first
         if self._stream is not None:
             ahead = iteration - self._stream.iteration
-            if isinstance(self.crops, CenterCrops):  # every epoch is the same
-                ahead %= len(self)
-            if ahead:
+            # Every epoch of an evaluation is the same.
+            if ahead % len(self) if isinstance(self.crops, CenterCrops) else ahead:
                 self._stream.close()
                 self._stream = None
         if self._stream is None:
-            self._stream = _Stream(self.crops, self.reader, self.options, self.device_id, iteration)
-        return self._stream
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One batch as it was read. labels: int64 [N], -1 for a row without an image. errors: a line for each bad image."""
-
-    crops: BatchCrops
-    labels: np.ndarray
-    errors: list[str]
+            source = DaliSource(self.crops, self.reader, self.device_id is not None, iteration)
+            self._stream = _Stream(source, self.options, self.device_id)
+        for number in range(first, len(self)):
+            images, (crops, labels, errors) = self._stream.next()
+            assert crops.positions[0] == self.crops.sampler.start(number), "DALI lost or repeated a batch"
+            batch = Batch(images, *map(torch.from_numpy, (labels, crops.positions, crops.uniforms)))
+            pinned = self.options.pin_memory
+            yield Batch(*(t.pin_memory() if pinned and not t.is_cuda else t for t in batch)), errors
 
 
 class _Stream:
-    """The batches from `iteration` on, counted over all epochs, without an end.
+    """The batches of a source, counted over all epochs, without an end.
 
     A thread of its own reads the files, waits for DALI, whose threads decode, and finishes the batches.
     """
 
-    def __init__(
-        self, crops: Crops, reader: ShardReader, options: LoaderOptions, device_id: int | None, iteration: int
-    ) -> None:
-        self.iteration = iteration
-        self._crops = crops
-        self._reader = reader
-        self._threads, self._prefetch = max(1, options.workers), max(1, options.prefetch)
+    def __init__(self, source: "DaliSource", options: LoaderOptions, device_id: int | None) -> None:
+        self.iteration = source.iteration
+        self._source = source
         self._device_id = device_id
+        self._prefetch = max(1, options.prefetch)
+        self._build = partial(
+            _build_pipeline, source, num_threads=max(1, options.workers), prefetch=self._prefetch, device_id=device_id
+        )
         self._thread = ThreadPoolExecutor(1)
-        started = self._thread.submit(self._start, iteration)
+        self._pipeline = self._thread.submit(self._build).result()
         self._ready = deque(self._thread.submit(self._make) for _ in range(self._prefetch))
-        started.result()
 
     def next(self) -> tuple[Tensor, _Read]:
         """The next batch; its images are uint8 [N, 3, S, S]."""
@@ -134,31 +121,20 @@ class _Stream:
         """Returns when nothing is under way any more."""
         self._thread.shutdown(cancel_futures=True)
 
-    # -- in the thread ---------------------------------------------------------------------------------------------
-
-    def _start(self, iteration: int, decoded_until: int = 0) -> None:
-        self._made = iteration
-        self._source = DaliSource(self._crops, self._reader, self._device_id is not None, iteration, decoded_until)
-        self._pipeline = _build_pipeline(
-            self._source,
-            self._crops.image_size,
-            batch_size=self._crops.sampler.batch_size,
-            num_threads=self._threads,
-            prefetch_queue_depth=self._prefetch,
-            device_id=self._device_id,
-        )
-
     def _make(self) -> tuple[Tensor, _Read]:
+        """In the thread: the next batch."""
         try:
             (output,) = self._pipeline.run()
         except RuntimeError:
-            if self._made < self._source.decoded_until:
+            source, failed = self._source, self._source.iteration - len(self._source.read)
+            if failed < source.decoded_until:
                 raise
-            batch = self._made % self._crops.sampler.batches
+            batch = failed % source.crops.sampler.batches
             log.warning("DALI cannot decode a file in batch %d or soon after it: they are decoded without it", batch)
-            self._start(self._made, decoded_until=self._made + self._prefetch + 1)  # it was that far ahead
+            source.read.clear()
+            source.iteration, source.decoded_until = failed, failed + self._prefetch + 1  # it was that far ahead
+            self._pipeline = self._build()
             (output,) = self._pipeline.run()
-        self._made += 1
         read = self._source.read.popleft()
         if self._device_id is None:
             return _resized(read, output), read
@@ -168,12 +144,12 @@ class _Stream:
 
 def _resized(read: _Read, regions: Any) -> Tensor:
     """uint8 [N, 3, S, S] on the CPU, of regions [h, w, 3], as the torch loader resizes them."""
-    size = read.crops.image_size
-    images = np.zeros((len(read.labels), 3, size, size), np.uint8)
-    for row in np.flatnonzero(read.labels >= 0).tolist():
+    crops, labels, _ = read
+    images = np.zeros((len(labels), 3, crops.image_size, crops.image_size), np.uint8)
+    for row in np.flatnonzero(labels >= 0).tolist():
         region = torch.from_numpy(regions.at(row)).permute(2, 0, 1)
         # Copied by numpy: torch would start threads for it.
-        images[row] = resize(region, read.crops, row).numpy()
+        images[row] = resize(region, crops, row).numpy()
     return torch.from_numpy(images)
 
 
@@ -195,22 +171,13 @@ class DaliSource:
     def __call__(self) -> tuple[Any, ...]:
         crops = self.crops(*divmod(self.iteration, self.crops.sampler.batches))
         files, labels, errors = self.reader.load(crops, self._file, _BLACK)
-        self.read.append(_Read(crops, labels, errors))
+        self.read.append((crops, labels, errors))
         self.iteration += 1
-
-        def filled(values: np.ndarray, otherwise: int, dtype: type) -> np.ndarray:
-            """[N, ...]: the values where there is an image."""
-            rows = np.full((len(labels), *values.shape[1:]), otherwise, dtype)
-            rows[: len(values)] = values
-            rows[labels < 0] = otherwise
-            return rows
-
-        windows = filled(crops.windows[:, :2], 0, np.int32), filled(crops.windows[:, 2:], 1, np.int32)
-        inputs = [np.frombuffer(file, np.uint8) for file in files], *windows
+        windows = np.where(labels[:, None] < 0, [0, 0, 1, 1], crops.windows).astype(np.int32)
+        inputs = [np.frombuffer(file, np.uint8) for file in files], windows[:, :2].copy(), windows[:, 2:].copy()
         if not self.on_gpu:
             return inputs
-        sizes, corners = filled(crops.sizes, crops.image_size, np.float32), filled(crops.corners, 0, np.int32)
-        return *inputs, sizes, filled(crops.bicubic, False, np.bool_), corners
+        return *inputs, crops.sizes.astype(np.float32), crops.bicubic, crops.corners.astype(np.int32)
 
     def _file(self, row: int, sample: int) -> bytes:
         """The file of `sample` if DALI reads it as PIL does, otherwise its pixels as a PPM. Raises BadImage."""
@@ -232,22 +199,21 @@ def _read_as_pil_does(content: bytes) -> bool:
     return not (content[:4] == b"\x89PNG" and content[24:25] == b"\x10")  # PNG specification, 11.2.1
 
 
-def _build_pipeline(source: Any, image_size: int, *, device_id: int | None, **options: int) -> Any:
+def _build_pipeline(source: DaliSource, num_threads: int, prefetch: int, device_id: int | None) -> Any:
     """The pipeline, whose output is a list of uint8 [h, w, 3] regions (CPU) or of uint8 [3, S, S] images (GPU).
 
     source() gives, for each row: file; top and left, height and width of its region; and on a GPU also what the region
     is resized to, whether bicubic, and top and left of the image in that.
     """
-    dali = _dali()
+    dali, rows, image_size = _dali(), source.crops.sampler.batch_size, source.crops.image_size
     fn, types = dali.fn, dali.types
-    on_gpu = device_id is not None
-    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.BOOL, types.INT32][: 6 if on_gpu else 3]
+    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.BOOL, types.INT32][: 6 if source.on_gpu else 3]
 
-    @dali.pipeline_def(device_id=device_id, **options)
+    @dali.pipeline_def(batch_size=rows, num_threads=num_threads, prefetch_queue_depth=prefetch, device_id=device_id)
     def pipeline() -> Any:
         file, start, shape, *rest = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes)
         as_pil = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
-        if not on_gpu:
+        if not source.on_gpu:
             return fn.decoders.image_slice(file, start, shape, axes=[0, 1], **as_pil)
         # Not image_slice: GPU decoding of regions is reported to crash (nvImageCodec's issue 55).
         decoded = fn.decoders.image(file, device="mixed", **as_pil)

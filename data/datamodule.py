@@ -65,10 +65,8 @@ class ImageNetData(DataModule):
         if self.loader not in ("auto", "dali", "torch"):
             raise UserError(f"loader={self.loader} is not one of auto, dali, torch")
         if is_remote(self.root) and (self.train or self.val):
-            raise UserError(
-                f"data.root={self.root}: shards named by data.train or data.val cannot be read from a URL: "
-                "copy them to a local folder"
-            )
+            what = "shards named by data.train or data.val cannot be read from a URL"
+            raise UserError(f"data.root={self.root}: {what}: copy them to a local folder")
         self._indexes: dict[str, Index] = {}
         self._copies: torch.cuda.Stream | None = None
 
@@ -81,9 +79,8 @@ class ImageNetData(DataModule):
         """
         if missing := [split for split in SPLITS[stage] if split not in self._indexes]:
             root = download_shards(str(self.root), self.cache, missing) if is_remote(self.root) else self.root
-            patterns = {"train": self.train, "val": self.val}
             for split in missing:
-                self._indexes[split] = load_index(root, split, self.cache, patterns[split], self.class_names)
+                self._indexes[split] = load_index(root, split, self.cache, getattr(self, split), self.class_names)
             allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
 
     def index(self, split: str) -> Index:
@@ -96,15 +93,10 @@ class ImageNetData(DataModule):
         return self._loader(self._center_crops("val", self._sampler("val", self.eval_batch_size)))
 
     def _sampler(self, split: str, batch_size: int) -> RankSampler:
-        training = split == "train"
-        return RankSampler(
-            len(self.index(split)),
-            batch_size,
-            rank=self._trainer.global_rank,
-            ranks=self._trainer.world_size,
-            accumulate=self._accumulate if training else 1,
-            drop_last=training,
-        )
+        trainer, training = self._trainer, split == "train"
+        accumulate = trainer.accumulate_grad_batches if training else 1
+        count, rank, ranks = len(self.index(split)), trainer.global_rank, trainer.world_size
+        return RankSampler(count, batch_size, rank, ranks, accumulate, drop_last=training)
 
     def _center_crops(self, split: str, sampler: RankSampler) -> CenterCrops:
         return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
@@ -116,13 +108,9 @@ class ImageNetData(DataModule):
             self.loader = "dali" if dali_installed() and workers > 0 else "torch"
             print_rank_zero(f"loader     {self.loader}")
         device = self._trainer.strategy.root_device
-        pin_memory = device.type == "cuda"
-        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pin_memory, **options)
+        pinned = device.type == "cuda"
+        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pinned, **options)
         return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
-
-    @property
-    def _accumulate(self) -> int:
-        return self._trainer.accumulate_grad_batches
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -194,13 +182,12 @@ class ImageNetTraining(ImageNetData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for split, fingerprint in state_dict.items():
             if self.index(split).fingerprint != fingerprint:
-                raise UserError(
-                    f"the {split} images are not those that this run began with: "
-                    "give back the old data.root, or a new name="
-                )
+                what = f"the {split} images are not those that this run began with"
+                raise UserError(f"{what}: give back the old data.root, or a new name=")
 
     def train_dataloader(self) -> TorchLoader | DaliLoader:
-        sampler = self._sampler("train", self.batch_size // (self._trainer.world_size * self._accumulate))
+        parts = self._trainer.world_size * self._trainer.accumulate_grad_batches
+        sampler = self._sampler("train", self.batch_size // parts)
         skip_bad = int(self.skip_budget * sampler.samples)
         return self._loader(self._random_crops(sampler), start=self._next_batch, skip_bad=skip_bad)
 
@@ -210,12 +197,12 @@ class ImageNetTraining(ImageNetData):
     def _next_batch(self) -> tuple[int, int]:
         """(epoch, batch) that the trainer needs next, by the optimizer steps done, also right after a resume."""
         epoch, step = divmod(self._trainer.global_step, self.steps_per_epoch)
-        return epoch, step * self._accumulate
+        return epoch, step * self._trainer.accumulate_grad_batches
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Notes which batch of the epoch it is; on the device its positions could not be read without waiting."""
         if self._trainer.training:
-            self._batch = int(batch.positions[0]) // (self.batch_size // self._accumulate)
+            self._batch = int(batch.positions[0]) // (self.batch_size // self._trainer.accumulate_grad_batches)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -247,10 +234,9 @@ def cpus_per_rank() -> int:
 
     Ranks that torchrun or Lightning starts share the cores of the node or of the job; srun may give each its own.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    mine = platform.node(), cores
+    mine = platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     of_ranks = [mine]
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         of_ranks *= dist.get_world_size()
         dist.all_gather_object(of_ranks, mine)
     return max(1, available_cpus() // of_ranks.count(mine))

@@ -16,8 +16,6 @@ from data.write_shards.write import write_folder
 
 VALIDATION_EVERY = 6
 PIXELS = 32
-_INK_MAX = 16  # the digits count ink from 0 to 16
-_QUALITY = 95
 
 
 def prepare_digits(cache: Path) -> Path:
@@ -41,6 +39,6 @@ def _write_images(root: Path) -> None:
         split = "val" if number % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
         folder = root / split / str(digit)
         folder.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(np.rint(ink * (255 / _INK_MAX)).astype(np.uint8))
+        small = Image.fromarray(np.rint(ink * (255 / 16)).astype(np.uint8))  # ink is counted from 0 to 16
         large = small.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
-        large.save(folder / f"{number:04d}.jpg", quality=_QUALITY)
+        large.save(folder / f"{number:04d}.jpg", quality=95)

@@ -21,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.foreign import DEFAULT_PATTERNS, find_shards, scanned_samples
-from data.manifest import MANIFEST, load_manifest, prepared_split
 from data.parallel import available_cpus
+from data.shards import DEFAULT_PATTERNS, MANIFEST, find_shards, load_manifest, prepared_split, scanned_samples, verify
 from data.tars import member_name, member_names
-from data.verify import verify
 from repghost.errors import UserError, run_command
 from repghost.files import read_class_names
 
@@ -64,35 +62,29 @@ class Index:
 
 
 def load_index(
-    root: str | Path,
-    split: str,
-    cache: str | Path,
-    pattern: str | None = None,
-    class_names: str | Path | None = None,
+    root: str | Path, split: str, cache: str | Path, pattern: str | None = None, class_names: str | Path | None = None
 ) -> Index:
     """The index of one split ("train" or "val") of the shards in `root`.
 
     Without `pattern`, a manifest.json in `root` decides. Otherwise the shards are those of `pattern` (a glob, or
     webdataset's {0000..1023}; relative to `root`) or of DEFAULT_PATTERNS, scanned on first use into `cache` while other
     processes wait. `class_names` is a text file with a name on each line; without it names come from the manifest or
-    are the label numbers. Raises UserError for whatever is missing, damaged, unreadable or does not fit.
+    are the label numbers. Raises UserError for whatever is missing, damaged or does not fit, and OSError for what
+    cannot be read.
     """
     root, cache = Path(root).expanduser(), Path(cache).expanduser()  # they may come from a file, not a shell
     if not root.is_dir():
         raise UserError(f"{root}: no such folder: set data.root to the folder that holds the shards")
-    try:
-        if pattern is None and (root / MANIFEST).exists():
-            manifest = load_manifest(root)
-            shards, samples = prepared_split(root, manifest, split)
-            classes = manifest["classes"]
-        else:
-            shards = find_shards(root, split, pattern)
-            samples = scanned_samples(shards, cache)
-            classes = [str(label) for label in range(int(samples["label"].max()) + 1)]
-        if class_names is not None:
-            classes = read_class_names(Path(class_names))
-    except OSError as error:
-        raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
+    if pattern is None and (root / MANIFEST).exists():
+        manifest = load_manifest(root)
+        shards, samples = prepared_split(root, manifest, split)
+        classes = manifest["classes"]
+    else:
+        shards = find_shards(root, split, pattern)
+        samples = scanned_samples(shards, cache)
+        classes = [str(label) for label in range(int(samples["label"].max()) + 1)]
+    if class_names is not None:
+        classes = read_class_names(Path(class_names))
     index = Index(split, shards, samples, tuple(classes))
     wrong = (samples["label"] < 0) | (samples["label"] >= len(classes))
     if wrong.any():
@@ -140,7 +132,7 @@ def _show(options: argparse.Namespace) -> int:
         if options.verify:
             entries = described[split]["shards"] if prepared else [{}] * len(index.shards)
             checksums = [entry.get("sha256") for entry in entries]
-            damaged += verify(index.shards, index.samples, checksums, options.workers, f"verifying {split}")
+            damaged += verify(index.shards, index.samples, checksums, options.workers)
     if options.verify:
         print(*damaged, f"{len(damaged)} damaged" if damaged else "no damaged images", sep="\n")
     return 1 if damaged else 0

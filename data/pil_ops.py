@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 
-def blend(degenerate: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
+def blend(degenerate: Tensor, pixels: Tensor, factor: Tensor | float, out: Tensor | None = None) -> Tensor:
     """PIL.Image.blend: from the degenerate image (factor 0) to the image (1) and beyond, clipped, truncated.
 
-    degenerate: float32, broadcastable to pixels, float32 [N, 3, H, W]; factor: float32 [N, 1, 1, 1].
+    degenerate: float32, broadcastable to pixels, float32 [N, 3, H, W]; factor: a number or float32 [N, 1, 1, 1];
+    out: what to write to, which may be `pixels`.
     """
-    return (pixels - degenerate).mul_(factor).add_(degenerate).clamp_(0.0, 255.0).floor_()
+    return torch.sub(pixels, degenerate, out=out).mul_(factor).add_(degenerate).clamp_(0.0, 255.0).floor_()
+
+
+def black(pixels: Tensor) -> Tensor:
+    """float32 [N, 1, 1, 1]: what a brightness of 0 leaves."""
+    return torch.zeros_like(pixels[:, :1, :1, :1])
 
 
 def grey(pixels: Tensor) -> Tensor:
@@ -26,8 +32,9 @@ def grey(pixels: Tensor) -> Tensor:
     return weighted.add_(0.5).floor_()
 
 
-def mean_grey(luma: Tensor) -> Tensor:
-    """float32 [N, 1, 1, 1]: the rounded mean of float32 [N, 1, H, W]; sums of rows are exact in float32."""
+def mean_grey(pixels: Tensor) -> Tensor:
+    """float32 [N, 1, 1, 1]: the rounded mean of `grey`, what a contrast of 0 leaves."""
+    luma = grey(pixels)  # sums of rows are exact in float32
     total = luma.sum(3, keepdim=True).double().sum(2, keepdim=True)
     return (total / (luma.shape[2] * luma.shape[3]) + 0.5).floor().float()
 

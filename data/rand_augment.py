@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.pil_ops import affine, blend, grey, mean_grey, smooth
+from data.pil_ops import affine, black, blend, grey, mean_grey, smooth
 from data.sampling import RAND_AUGMENT
 from repghost.errors import UserError
 
@@ -57,11 +57,11 @@ class RandAugment:
     def __call__(self, images: Tensor, uniforms: Tensor, grouped: bool) -> Tensor:
         """uint8 [N, 3, H, W] -> the same, augmented as float32 [N, NUM_UNIFORMS] says."""
         for step in range(self.operations):
-            images = apply_operations(images, *self.draw(uniforms, step), self.fill, grouped)
+            images = self.apply(images, *self.draw(uniforms, step), grouped)
         return images
 
     def draw(self, uniforms: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The `step`-th operation, level, negative and bicubic of every sample, see `apply_operations`."""
+        """The `step`-th operation, level, negative and bicubic of every sample, see `apply`."""
         first = RAND_AUGMENT.start + step * _COLUMNS
         columns = uniforms[:, first : first + _COLUMNS].double()
         choice, apply, magnitude, sign, interpolation = columns.unbind(1)
@@ -72,44 +72,35 @@ class RandAugment:
         level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, MAX_LEVEL)
         return operation, level, sign < 0.5, interpolation >= 0.5
 
+    def apply(
+        self, images: Tensor, operation: Tensor, level: Tensor, negative: Tensor, bicubic: Tensor, grouped: bool
+    ) -> Tensor:
+        """Applies one operation to every sample.
 
-def apply_operations(
-    images: Tensor,
-    operation: Tensor,
-    level: Tensor,
-    negative: Tensor,
-    bicubic: Tensor,
-    fill: Sequence[float],
-    grouped: bool,
-) -> Tensor:
-    """Apply one operation to every sample.
+        images: uint8 [N, 3, H, W]; operation: int64 [N], an index into OPERATIONS or NONE; level: float64 [N], 0
+        to 10; negative: bool [N], the sign of a rotation, shear or translation; bicubic: bool [N], its
+        interpolation; grouped: by operation, which needs the values on the host, or all samples alike, without a host
+        synchronisation; the bits are the same. Returns uint8 [N, 3, H, W].
+        """
+        if not grouped:
+            images = look_up(images, tables(images, operation, level))
+            images = enhance(images, operation, level)
+            return affine(images, matrices(operation, level, negative, *images.shape[2:]), bicubic, self.fill)
 
-    images: uint8 [N, 3, H, W]; operation: int64 [N], an index into OPERATIONS or NONE; level: float64 [N], 0
-    to 10; negative: bool [N], the sign of a rotation, shear or translation; bicubic: bool [N], its
-    interpolation; fill: the value of each channel outside the image; grouped: by operation, which needs the
-    values on the host, or all samples alike, without a host synchronisation; the bits are the same.
-    Returns uint8 [N, 3, H, W].
-    """
-    if not grouped:
-        images = look_up(images, tables(images, operation, level))
-        images = enhance(images, operation, level)
-        matrix = matrices(operation, level, negative, images.shape[2], images.shape[3])
-        return affine(images, matrix, bicubic, fill)
-
-    output = images.clone()
-    keys = 2 * operation + bicubic
-    for key in keys.unique().tolist():
-        index, name, cubic = (keys == key).nonzero().flatten(), key // 2, key % 2 == 1
-        chosen, strength = images[index], level[index]
-        if name in _TABLES:
-            output[index] = look_up(chosen, _TABLES[name](chosen, strength))
-        elif name in _DEGENERATES:
-            pixels = chosen.float()
-            output[index] = blend(_DEGENERATES[name](pixels), pixels, _factor(strength)).byte()
-        elif name != NONE:
-            matrix = matrices(operation[index], strength, negative[index], images.shape[2], images.shape[3])
-            output[index] = affine(chosen, matrix, cubic, fill)
-    return output
+        output = images.clone()
+        keys = 2 * operation + bicubic
+        for key in keys.unique().tolist():
+            index, name, cubic = (keys == key).nonzero().flatten(), key // 2, key % 2 == 1
+            chosen, strength = images[index], level[index]
+            if name in _TABLES:
+                output[index] = look_up(chosen, _TABLES[name](chosen, strength))
+            elif name in _DEGENERATES:
+                pixels = chosen.float()
+                output[index] = blend(_DEGENERATES[name](pixels), pixels, _factor(strength)).byte()
+            elif name != NONE:
+                matrix = matrices(operation[index], strength, negative[index], *images.shape[2:])
+                output[index] = affine(chosen, matrix, cubic, self.fill)
+        return output
 
 
 # Tables: int64 [N, 3 or 1, 256], the new value of every old one. Formulas: PIL.ImageOps, levels: timm.
@@ -135,23 +126,14 @@ def _auto_contrast(images: Tensor, level: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, level: Tensor) -> Tensor:
-    count = _histograms(images)
+    old = images.flatten(2).long()
+    count = torch.zeros(*old.shape[:2], 256, dtype=torch.int32, device=images.device)
+    count = count.scatter_add_(2, old, torch.ones_like(old, dtype=torch.int32)).long()  # pixels of each value
     last = (_values(images) * (count > 0)).amax(2, keepdim=True)
     step = (count.sum(2, keepdim=True) - count.gather(2, last)) // 255
     below = count.cumsum(2) - count
     equalized = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
     return torch.where(step > 0, equalized, _values(images))
-
-
-def _histograms(images: Tensor) -> Tensor:
-    """int64 [N, 3, 256]: how many pixels of uint8 [N, 3, H, W] have each value."""
-    values = images.flatten(2).long()
-    zeros = torch.zeros(*values.shape[:2], 256, dtype=torch.int32, device=images.device)
-    return zeros.scatter_add_(2, values, torch.ones_like(values, dtype=torch.int32)).long()
-
-
-def _invert(images: Tensor, level: Tensor) -> Tensor:
-    return 255 - _values(images)
 
 
 def _posterize(images: Tensor, level: Tensor) -> Tensor:
@@ -172,7 +154,7 @@ def _solarize_add(images: Tensor, level: Tensor) -> Tensor:
 _TABLES: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     AUTO_CONTRAST: _auto_contrast,
     EQUALIZE: _equalize,
-    INVERT: _invert,
+    INVERT: lambda images, level: 255 - _values(images),
     POSTERIZE: _posterize,
     SOLARIZE: _solarize,
     SOLARIZE_ADD: _solarize_add,
@@ -201,12 +183,7 @@ def _factor(level: Tensor) -> Tensor:
     return (level / MAX_LEVEL * 1.8 + 0.1).float().view(-1, 1, 1, 1)
 
 
-_DEGENERATES: dict[int, Callable[[Tensor], Tensor]] = {
-    COLOR: grey,
-    CONTRAST: lambda pixels: mean_grey(grey(pixels)),
-    BRIGHTNESS: lambda pixels: torch.zeros_like(pixels[:, :1, :1, :1]),
-    SHARPNESS: smooth,
-}
+_DEGENERATES = {COLOR: grey, CONTRAST: mean_grey, BRIGHTNESS: black, SHARPNESS: smooth}
 
 
 def enhance(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
@@ -229,22 +206,14 @@ def matrices(operation: Tensor, level: Tensor, negative: Tensor, height: int, wi
     Rotations are about the centre of the image; the identity where an operation is of another family.
     """
     signed = torch.where(negative, -level, level) / MAX_LEVEL
-    zero = torch.zeros_like(signed)
 
     def amount(name: int, most: float) -> Tensor:
-        return torch.where(operation == name, signed * most, zero)
+        return torch.where(operation == name, signed * most, 0.0)
 
     angle = torch.deg2rad(-amount(ROTATE, 30.0))
     cosine, sine = angle.cos(), angle.sin()
     x, y = width / 2, height / 2
-    return torch.stack(
-        [
-            cosine,
-            sine + amount(SHEAR_X, 0.3),
-            x - (cosine * x + sine * y) + amount(TRANSLATE_X, 0.45) * width,
-            -sine + amount(SHEAR_Y, 0.3),
-            cosine,
-            y - (cosine * y - sine * x) + amount(TRANSLATE_Y, 0.45) * height,
-        ],
-        dim=1,
-    )
+    b, d = sine + amount(SHEAR_X, 0.3), -sine + amount(SHEAR_Y, 0.3)
+    c = x - (cosine * x + sine * y) + amount(TRANSLATE_X, 0.45) * width
+    f = y - (cosine * y - sine * x) + amount(TRANSLATE_Y, 0.45) * height
+    return torch.stack([cosine, b, c, d, cosine, f], dim=1)

@@ -80,14 +80,11 @@ class ShardReader:
 
     def readahead(self, samples: Iterable[int]) -> None:
         """Tells the kernel which samples are read next, so that it fetches them side by side."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         for row in samples:
-            sample = self.index.samples[row]
-            with suppress(OSError):  # reading will meet it again, and say whose image it is
-                os.posix_fadvise(
-                    self._file(int(sample["shard"])), int(sample["offset"]), int(sample["size"]), os.POSIX_FADV_WILLNEED
-                )
+            shard, offset, size = (int(self.index.samples[row][name]) for name in ("shard", "offset", "size"))
+            # macOS has no such call; reading will meet any other error again, and say whose image it is.
+            with suppress(OSError, AttributeError):
+                os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int) -> bytes:
         """The bytes of sample `row`; BadImage when they are not those that were indexed."""
@@ -120,11 +117,12 @@ def allow_open_files(count: int) -> None:
     """Raises this process's limit of open files where it is lower than a data set of `count` shards needs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 512
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise UserError(f"{count} shards need {wanted} open files, the limit is {hard}: raise it with `ulimit -Hn`")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except ValueError:
+            need = f"{count} shards need {wanted} open files, the limit is {hard}"
+            raise UserError(f"{need}: raise it with `ulimit -Hn`") from None
 
 
 def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:

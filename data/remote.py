@@ -27,7 +27,7 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from data.manifest import parse_manifest, split_entry
+from data.shards import parse_manifest, split_entry
 from repghost.errors import DISK_FULL, UserError
 from repghost.files import TEMPORARY, atomic_write, file_sha256
 

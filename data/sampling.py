@@ -27,8 +27,6 @@ ERASE_SHAPE = slice(39, 59)  # (area, aspect) of every attempt
 ERASE_TOP, ERASE_LEFT = 59, 60
 NUM_UNIFORMS = 64
 
-BILINEAR, BICUBIC = 0, 1
-
 _PER_COUNTER = 4  # Philox-4x64 yields four words for one value of its counter
 _ORDER_STREAM, _AUGMENT_STREAM = 0, 1  # the counter's highest word keeps the two uses apart
 

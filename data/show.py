@@ -40,7 +40,6 @@ def augmented_grid(overrides: Sequence[str], samples: int, epochs: int) -> Image
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the grid."""
     parser = argparse.ArgumentParser(prog="python -m data.show", description=__doc__.partition("\n")[0])
-    parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)  # python -m data.augment --show
     parser.add_argument("--out", default="augmented.png", help="file to write (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=7, help="augmented columns (default: %(default)s)")

@@ -9,10 +9,10 @@ import re
 import tarfile
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -24,7 +24,7 @@ from repghost.errors import UserError
 SAMPLE = np.dtype(
     {"names": ["offset", "shard", "size", "height", "width", "crc32", "label"], "formats": ["<i8", *5 * ["<u4"], "<i4"]}
 )
-IMAGE_MEMBERS = frozenset({"jpg", "jpeg", "png", "webp"})
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # webdataset's rule: the key ends at the first dot of the file name.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
@@ -83,6 +83,8 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     """
     images: dict[str, tuple[int, ...]] = {}
     labels: dict[str, int] = {}
+    kinds: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = dict.fromkeys(IMAGE_MEMBERS, (images, _describe))
+    kinds["cls"] = labels, _label
     with open(path, "rb") as file:
         start, end = file.read(8), os.fstat(file.fileno()).st_size
         if start.startswith(_COMPRESSED):
@@ -98,41 +100,28 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
                     if match is None or not member.isreg() or member.issparse():
                         continue
                     key, extension = match[1], match[2].lower()
-                    if extension == "cls":
-                        if key in labels:
-                            raise UserError(f"{path}: key {key} is there twice")
-                        labels[key] = _label(path, key, _data(tar, member))
-                    elif extension in IMAGE_MEMBERS:
-                        if key in images:
-                            raise UserError(f"{path}: key {key} is there twice")
-                        images[key] = _describe(path, member, _data(tar, member))
+                    if extension not in kinds:
+                        continue
+                    check_stop()
+                    found, read = kinds[extension]
+                    if key in found:
+                        raise UserError(f"{path}: key {key} is there twice")
+                    found[key] = read(path, member, os.pread(file.fileno(), member.size, member.offset_data))
                 check_tar_end(path, file, tar, end)
         except UserError:
             raise
         except TAR_DAMAGE as error:
             reason = printable(str(error)) or type(error).__name__
             raise UserError(f"{path}: damaged or not a tar ({reason}): copy it again") from None
-    for key in images:
-        if key not in labels:
-            raise UserError(f"{path}: key {key} has an image but no .cls")
-    for key in labels:
-        if key not in images:
-            raise UserError(f"{path}: key {key} has a .cls but no image ({', '.join(sorted(IMAGE_MEMBERS))})")
+    if lonely := min(images.keys() ^ labels.keys(), default=None):
+        what = "an image but no .cls" if lonely in images else f"a .cls but no image ({', '.join(IMAGE_MEMBERS)})"
+        raise UserError(f"{path}: key {lonely} has {what}")
     return np.array([(*row, labels[key]) for key, row in images.items()], SAMPLE), list(images)
 
 
-def _data(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    check_stop()
-    file = tar.extractfile(member)
-    assert file is not None, "a regular member"
-    return file.read()
-
-
-def _label(path: str, key: str, data: bytes) -> int:
-    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,9}\s*", data):
-        raise UserError(f"{path}: the .cls of key {key} is {data[:20]!r}, not a class number")
-    if int(data) < 0:
-        raise UserError(f"{path}: key {key} has the label {int(data)}: labels count from 0")
+def _label(path: str, member: tarfile.TarInfo, data: bytes) -> int:
+    if not re.fullmatch(rb"\s*\+?[0-9]{1,9}\s*", data):
+        raise UserError(f"{path}: {printable(member.name)} is {data[:20]!r}, not a class number (0, 1, 2 ...)")
     return int(data)
 
 
@@ -166,15 +155,11 @@ def read_rows(path: Path, sizes: Sequence[int]) -> np.ndarray:
             rows = np.lib.format.read_array(file)
     except ValueError as error:
         raise UserError(f"{path}: damaged ({printable(str(error))}): remove it and make it again") from None
-    if rows.dtype != SAMPLE or rows.ndim != 1:
-        raise UserError(f"{path}: not an index of this format, but {rows.ndim}-dimensional {rows.dtype}")
-    if not len(rows):
-        raise UserError(f"{path}: lists no images")
-    if (rows["shard"] >= len(sizes)).any():
-        raise UserError(f"{path}: names shard {rows['shard'].max()}, but there are {len(sizes)} shards")
-    outside = (rows["offset"] < 0) | (rows["offset"] > np.array(sizes)[rows["shard"]] - rows["size"])
-    empty = (rows["height"] == 0) | (rows["width"] == 0)
-    for wrong, what in ((outside, "lies outside of its shard"), (empty, "has no pixels")):
-        if wrong.any():
-            raise UserError(f"{path}: image {wrong.argmax()} {what}: remove it and make it again")
+    if rows.dtype != SAMPLE or rows.ndim != 1 or not len(rows):
+        raise UserError(f"{path}: not an index of images, but {rows.dtype} {list(rows.shape)}")
+    last = np.array([*sizes, -1])[np.minimum(rows["shard"], len(sizes))] - rows["size"]  # -1: there is no such shard
+    wrong = (rows["offset"] < 0) | (rows["offset"] > last) | (rows["height"] == 0) | (rows["width"] == 0)
+    if wrong.any():
+        what = f"image {wrong.argmax()} has no pixels or lies outside of its shard"
+        raise UserError(f"{path}: {what}: remove it and make it again")
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops
@@ -23,13 +23,14 @@ class TorchLoader(DataLoader):
     """The batches of an epoch from `options.start` on; its length is that of a full epoch."""
 
     def __init__(self, crops: Crops, options: LoaderOptions) -> None:
-        self._batch_sampler = BatchSampler(crops.sampler.batches)
+        self._length = crops.sampler.batches
+        self._batches_left: list[tuple[int, int]] = []  # (epoch, batch)
         self._options = options
         if options.workers:
             end_workers_at_exit()
         super().__init__(
             CroppedBatches(crops),
-            sampler=self._batch_sampler,
+            sampler=self._batches_left,
             batch_size=None,
             num_workers=options.workers,
             prefetch_factor=options.prefetch if options.workers else None,
@@ -39,11 +40,11 @@ class TorchLoader(DataLoader):
         )
 
     def __len__(self) -> int:
-        return self._batch_sampler.batches
+        return self._length
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         epoch, first = self._options.start()
-        self._batch_sampler.epoch, self._batch_sampler.first = epoch, first % len(self)
+        self._batches_left[:] = [(epoch, batch) for batch in range(first % len(self), len(self))]
         yield from within_budget(self._batches(), self._options.skip_bad)
 
     def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
@@ -56,19 +57,6 @@ class TorchLoader(DataLoader):
         except (ConnectionError, EOFError):
             _forget_workers(self)
             raise RuntimeError("DataLoader worker (pid unknown) was killed while it handed a batch over") from None
-
-
-class BatchSampler(Sampler):
-    """Yields the (epoch, batch) pairs from batch `first` to the end of the epoch."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches, self.epoch, self.first = batches, 0, 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, batch) for batch in range(self.first, self.batches)])
-
-    def __len__(self) -> int:
-        return self.batches - self.first
 
 
 class CroppedBatches(Dataset):

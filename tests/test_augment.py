@@ -284,10 +284,10 @@ def test_every_value_changes_the_result(change: dict[str, Any]) -> None:
 def test_unknown_and_missing_keys_are_errors(name: str) -> None:
     values = FULL[name]
     assert isinstance(values, dict)
-    with pytest.raises(UserError, match=f"{name}: .* hue"):
+    with pytest.raises(UserError, match=f"{name}: .*hue"):
         augment(**{name: values | {"hue": 0.1}})
     for key in values:
-        with pytest.raises(UserError, match=f"{name}: .* {key}"):
+        with pytest.raises(UserError, match=f"{name}: .*{key}"):
             augment(**{name: {k: v for k, v in values.items() if k != key}})
     with pytest.raises(TypeError, match="hue"):
         augment(hue=0.1)

@@ -62,10 +62,10 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "shards", ignore=shutil.ignore_patterns("parts")))
 
 
-def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    """The message, which any stream can print, on one line."""
-    line = str(error.value)
-    assert len(line.splitlines()) == 1 and line.encode()
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """What a command says, which any stream can print, on one line."""
+    line = user_message(error.value)
+    assert line is not None and len(line.splitlines()) == 1 and line.encode()
     return line
 
 
@@ -132,12 +132,12 @@ def cut(data: bytes) -> bytes:
 NOT_A_MANIFEST = r"manifest\.json: not a manifest of format 1 "
 SHARD = "train-000001.tar"
 PREPARED: dict[str, tuple[Damage, str]] = {
-    "shard missing": (lambda root: (root / SHARD).unlink(), f"{SHARD}: missing, but the manifest lists it"),
+    "shard missing": (lambda root: (root / SHARD).unlink(), f"{SHARD}: missing or .*, but the manifest lists it"),
     "shard cut": (content(SHARD, cut), rf"{SHARD} has \d+ bytes, the manifest says \d+: copy it again"),
     "shard too long": (content(SHARD, lambda data: data + b"\0"), rf"{SHARD} has \d+ bytes, the manifest says"),
     "shard empty": (content(SHARD, lambda data: b""), f"{SHARD} has 0 bytes, the manifest says"),
-    "shard a folder": (replaced(SHARD, Path.mkdir), f"{SHARD}: not a regular file"),
-    "shard a pipe": (replaced(SHARD, os.mkfifo), f"{SHARD}: not a regular file"),
+    "shard a folder": (replaced(SHARD, Path.mkdir), f"{SHARD}: missing or not a regular file"),
+    "shard a pipe": (replaced(SHARD, os.mkfifo), f"{SHARD}: missing or not a regular file"),
     "shard a broken link": (replaced(SHARD, lambda path: path.symlink_to("nowhere")), f"{SHARD}: missing"),
     "manifest cut": (content("manifest.json", cut), NOT_A_MANIFEST),
     "manifest empty": (content("manifest.json", lambda data: b""), NOT_A_MANIFEST),
@@ -154,14 +154,17 @@ PREPARED: dict[str, tuple[Damage, str]] = {
     "split not described": (manifest(lambda m: m["splits"].update(train=3)), NOT_A_MANIFEST),
     "split without index": (train(lambda e: e.pop("index")), NOT_A_MANIFEST + r"\(no key 'index'\)"),
     "split without shards": (train(lambda e: e.pop("shards")), NOT_A_MANIFEST + r"\(no key 'shards'\)"),
-    "split of no shards": (train(lambda e: e.update(shards=[])), r"train\.index\.npy: names shard 2, but .* 0 shards"),
+    "split of no shards": (
+        train(lambda e: e.update(shards=[])),
+        r"npy: image 0 .*lies outside of its shard",
+    ),
     "shard without bytes": (train(lambda e: e["shards"][0].pop("bytes")), NOT_A_MANIFEST + r"\(no key 'bytes'\)"),
     "shard of text bytes": (train(lambda e: e["shards"][0].update(bytes="9")), NOT_A_MANIFEST + r"\(its bytes is no"),
     "shard elsewhere": (train(lambda e: e["shards"][0].update(file="../x.tar")), NOT_A_MANIFEST + r"\('\.\./x\.tar'"),
     "other count of images": (train(lambda e: e.update(images=44)), r"npy: 45 images, but manifest\.json says 44"),
     "too few classes": (manifest(lambda m: m["classes"].pop()), r"tar: owl_\w+\.\w+: label 2, but there are 2 class"),
     "index missing": (lambda root: (root / "train.index.npy").unlink(), r"train\.index\.npy: missing"),
-    "index a folder": (replaced("train.index.npy", Path.mkdir), r"train\.index\.npy: Is a directory"),
+    "index a folder": (replaced("train.index.npy", Path.mkdir), r"train\.index\.npy: missing or not a regular file"),
     "index cut": (content("train.index.npy", cut), r"train\.index\.npy: not the file that manifest\.json describes"),
     "index of another split": (
         lambda root: shutil.copy(root / "val.index.npy", root / "train.index.npy"),
@@ -172,14 +175,14 @@ PREPARED: dict[str, tuple[Damage, str]] = {
     "index of fewer bytes": (signed(lambda rows: cut(rows.tobytes())), r"train\.index\.npy: damaged \("),
     "index of pickled objects": (signed(lambda rows: rows.astype(object)), r"train\.index\.npy: damaged \(.*pickle"),
     "index a bare pickle": (signed(lambda rows: pickle.dumps(rows)), r"train\.index\.npy: damaged \("),
-    "index of another type": (signed(lambda rows: rows["label"]), "npy: not an index of this format, but .*int32"),
-    "index of two dimensions": (signed(lambda rows: rows[None]), "npy: not an index of this format, but 2-dim"),
-    "index without images": (signed(lambda rows: rows[:0]), "npy: lists no images"),
+    "index of another type": (signed(lambda rows: rows["label"]), "npy: not an index of images, but int32"),
+    "index of two dimensions": (signed(lambda rows: rows[None]), r"npy: not an index of images, but .*\[1, 45\]"),
+    "index without images": (signed(lambda rows: rows[:0]), r"npy: not an index of images, but .*\[0\]"),
     "index of fewer images": (signed(lambda rows: rows[:-1]), r"npy: 44 images, but manifest\.json says 45"),
-    "index of more shards": (put("shard", 9), "npy: names shard 9, but there are 3 shards"),
-    "index beyond the shard": (put("size", 10**6), r"npy: image 5 lies outside of its shard"),
-    "index far beyond the shard": (put("offset", 2**63 - 1), r"npy: image 5 lies outside of its shard"),
-    "index before the shard": (put("offset", -512), r"npy: image 5 lies outside of its shard"),
+    "index of more shards": (put("shard", 9), "npy: image 5 .*lies outside of its shard"),
+    "index beyond the shard": (put("size", 10**6), "npy: image 5 .*lies outside of its shard"),
+    "index far beyond the shard": (put("offset", 2**63 - 1), "npy: image 5 .*lies outside of its shard"),
+    "index before the shard": (put("offset", -512), "npy: image 5 .*lies outside of its shard"),
     "index without height": (put("height", 0), "npy: image 5 has no pixels"),
     "index of a higher label": (put("label", 3), r"train-\d+\.tar: \w+\.\w+: label 3, but there are 3 class names"),
     "index of a negative label": (put("label", -1), r"train-\d+\.tar: \w+\.\w+: label -1, but there are 3"),
@@ -190,8 +193,9 @@ PREPARED: dict[str, tuple[Damage, str]] = {
 def test_prepared_shards_that_cannot_be_loaded(copy: Path, tmp_path: Path, case: str) -> None:
     damage, message = PREPARED[case]
     damage(copy)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises((UserError, OSError)) as error:
         load_index(copy, "train", tmp_path / "cache")
+    assert re.search(message, one_line(error))
     assert str(copy) in one_line(error) or SHARD[:6] in one_line(error)
 
 
@@ -288,14 +292,14 @@ FOREIGN: dict[str, tuple[bytes | Damage, str]] = {
     "no cls": (tar(*GOOD, sample("k1")[0]), r"x\.tar: key k1 has an image but no \.cls"),
     "no jpg": (tar(*GOOD, sample("k1")[1]), r"x\.tar: key k1 has a \.cls but no image"),
     "only cls": (tar(sample("k1")[1]), r"x\.tar: key k1 has a \.cls but no image"),
-    "cls a word": (tar(*sample("k1", "cat")), r"x\.tar: the \.cls of key k1 is b'cat', not a class number"),
-    "cls a fraction": (tar(*sample("k1", 1.5)), r"x\.tar: the \.cls of key k1 is b'1\.5'"),
-    "cls empty": (tar(*sample("k1", "")), r"x\.tar: the \.cls of key k1 is b''"),
-    "cls two numbers": (tar(*sample("k1", "1 2")), r"x\.tar: the \.cls of key k1 is b'1 2'"),
-    "cls underscored": (tar(*sample("k1", "1_0")), r"x\.tar: the \.cls of key k1 is b'1_0'"),
-    "cls in other digits": (tar(*sample("k1", "\u0661")), r"x\.tar: the \.cls of key k1 is b'\\xd9"),
-    "cls negative": (tar(*sample("k1", -1)), r"x\.tar: key k1 has the label -1: labels count from 0"),
-    "cls huge": (tar(*sample("k1", 10**30)), r"x\.tar: the \.cls of key k1 is b'1000.*, not a class number"),
+    "cls a word": (tar(*sample("k1", "cat")), r"x\.tar: k1\.cls is b'cat', not a class number"),
+    "cls a fraction": (tar(*sample("k1", 1.5)), r"x\.tar: k1\.cls is b'1\.5'"),
+    "cls empty": (tar(*sample("k1", "")), r"x\.tar: k1\.cls is b''"),
+    "cls two numbers": (tar(*sample("k1", "1 2")), r"x\.tar: k1\.cls is b'1 2'"),
+    "cls underscored": (tar(*sample("k1", "1_0")), r"x\.tar: k1\.cls is b'1_0'"),
+    "cls in other digits": (tar(*sample("k1", "\u0661")), r"x\.tar: k1\.cls is b'\\xd9"),
+    "cls negative": (tar(*sample("k1", -1)), r"x\.tar: k1\.cls is b'-1', not a class number \(0, 1, 2"),
+    "cls huge": (tar(*sample("k1", 10**30)), r"x\.tar: k1\.cls is b'1000.*, not a class number"),
     "cls long": (tar(("k1.jpg", b""), ("k1.cls", b"1" * 10**6)), r"x\.tar: .*k1"),
     "cls above the class names": (tar(*sample("k1", 3)), r"x\.tar: k1\.jpg: label 3, but there are 3 class names"),
     "key twice": (tar(*GOOD, *GOOD), r"x\.tar: key good is there twice"),
@@ -370,9 +374,9 @@ def foreign(tmp_path: Path) -> Callable[[bytes | Damage], Index]:
 @pytest.mark.parametrize("case", FOREIGN)
 def test_shards_of_others_that_cannot_be_loaded(foreign: Callable[[bytes | Damage], Index], case: str) -> None:
     shard, message = FOREIGN[case]
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises((UserError, OSError)) as error:
         foreign(shard)
-    assert len(one_line(error)) < 500
+    assert re.search(message, one_line(error)) and len(one_line(error)) < 500
 
 
 @pytest.mark.parametrize("damage", [cut, lambda data: b"", lambda data: b"text"], ids=["cut", "empty", "text"])

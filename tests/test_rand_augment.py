@@ -18,7 +18,6 @@ from data.rand_augment import (
     NONE,
     OPERATIONS,
     RandAugment,
-    apply_operations,
     matrices,
 )
 from data.sampling import NUM_UNIFORMS, RAND_AUGMENT, uniforms
@@ -61,13 +60,12 @@ def timm_operation(name: str, image: Tensor, level: float, negative: bool, bicub
 
 def forced(images: Tensor, name: str, level: float, negative: bool, bicubic: bool, grouped: bool) -> Tensor:
     count = len(images)
-    return apply_operations(
+    return RandAugment(**POLICY).apply(
         images,
         torch.full((count,), OPERATIONS.index(name)),
         torch.full((count,), level, dtype=torch.float64),
         torch.full((count,), negative),
         torch.full((count,), bicubic),
-        FILL,
         grouped,
     )
 
@@ -124,9 +122,9 @@ def test_both_paths_give_the_same_bits(channels_last: bool) -> None:
     operation = torch.arange(32) % (NONE + 1)
     level = torch.linspace(6, 10, 32, dtype=torch.float64)
     negative, bicubic = torch.arange(32) % 7 < 3, torch.arange(32) % 5 < 2
-    rest = (operation, level, negative, bicubic, FILL)
-    grouped = apply_operations(images, *rest, grouped=True)
-    assert torch.equal(grouped, apply_operations(images, *rest, grouped=False))
+    rest, policy = (operation, level, negative, bicubic), RandAugment(**POLICY)
+    grouped = policy.apply(images, *rest, grouped=True)
+    assert torch.equal(grouped, policy.apply(images, *rest, grouped=False))
     assert torch.equal(grouped[operation == NONE], images[operation == NONE])
 
 

@@ -9,8 +9,10 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from data.crops import crop_windows, evaluation_sizes, interpolations
+from data.crops import RandomCrops, crop_windows, evaluation_sizes
+from data.index import Index
 from data.sampling import NUM_UNIFORMS, RankSampler, epoch_order, uniforms
+from data.tars import SAMPLE
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # The same examples everywhere, however slow the machine is; nothing is kept in the working directory.
@@ -135,7 +137,9 @@ def test_windows_of_one_pixel() -> None:
 
 
 def test_half_of_the_interpolations_are_bicubic() -> None:
-    assert abs(interpolations(uniforms(0, 0, 0, 10_000)).mean() - 0.5) < 0.02
+    index = Index("train", (), np.ones(10_000, SAMPLE), ())
+    crops = RandomCrops(index, RankSampler(10_000, 10_000), 32, seed=0, scale=SCALE, ratio=RATIO)
+    assert abs(crops(0, 0).bicubic.mean() - 0.5) < 0.02
 
 
 def test_evaluation_sizes_floor_the_longer_side() -> None:

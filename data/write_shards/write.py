@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 from numpy.random import Philox
 from tqdm import tqdm
 
-from data.manifest import FORMAT
 from data.parallel import available_cpus, run_parallel
+from data.shards import FORMAT
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
 from data.write_shards.shard import Options, Shard, Task, finished_shard, write_shard
