@@ -9,6 +9,7 @@ Check: `pytest tests/test_augment.py`.
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -20,7 +21,7 @@ from torch import Tensor
 from data import sampling
 from data.pil_ops import black, blend, channels, grey, mean_grey
 from data.rand_augment import RandAugment
-from repghost.errors import UserError
+from repghost.errors import UserError, run_command
 
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 DEGENERATES = (black, mean_grey, grey)  # what a factor of 0 leaves
@@ -239,3 +240,9 @@ def _options(kind: Callable[..., T], name: str, values: Mapping[str, Any] | None
         return kind(**{key: tuple(v) if isinstance(v, Sequence) else v for key, v in values.items()})
     except TypeError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+if __name__ == "__main__":  # python -m data.augment --show, the older name of python -m data.show
+    from data.show import main
+
+    sys.exit(run_command(lambda: main([argument for argument in sys.argv[1:] if argument != "--show"])))

@@ -21,8 +21,9 @@ def test_the_grid_has_a_row_for_each_sample(shards: Path, tmp_path: Path, width:
     assert len(cells) == 5, "every epoch shows another picture"
 
 
-def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "data.show", "data.root=nowhere", f"data.cache={tmp_path}"]
-    done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder"), done.stderr
-    assert done.stderr.count("\n") == 1
+def test_the_command_has_two_names_and_one_line_for_a_mistake(tmp_path: Path) -> None:
+    for command in (["data.show"], ["data.augment", "--show"]):
+        arguments = [sys.executable, "-m", *command, "data.root=nowhere", f"data.cache={tmp_path}"]
+        done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder"), done.stderr
+        assert done.stderr.count("\n") == 1
