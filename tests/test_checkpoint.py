@@ -80,7 +80,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(
     with files_end_at(100_000):
         assert train_tiny("name=a", "epochs=1") == 2
     line = capsys.readouterr().err.strip()
-    assert line.startswith("error: outputs/a/checkpoints/last.ckpt: File too large"), line
+    assert line.startswith("error: outputs/a/checkpoints/best_raw.ckpt: File too large"), line
     assert len(line.splitlines()) == 1 and not list(Path("outputs").rglob("*.ckpt"))
     assert train_tiny("name=a", "epochs=1") == 0
 
