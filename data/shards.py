@@ -54,6 +54,8 @@ def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
             _require(entry["index"], file=str, sha256=str)
             for shard in entry["shards"]:
                 _require(shard, file=str, bytes=int)
+                if shard["bytes"] < 0:
+                    raise ValueError(f"{shard['file']} has {shard['bytes']} bytes")
     except (ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         what = f"not a manifest of format {FORMAT} ({reason})"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,12 @@ def test_as_many_processes_as_devices(by: str, values: dict[str, str]) -> None:
         for wrong in ({}, {"devices": 2}, {"devices": 4}, {"devices": 1, "num_nodes": 2}, {"devices": 1}):
             with pytest.raises(UserError, match=f"{by} started 2 process.es. on each of 2 machine"):
                 trainer_of(**wrong)
+
+
+def test_ranks_wait_for_each_other_as_long_as_said() -> None:
+    with variables(**TORCHRUN):
+        for minutes in (1, 7):
+            assert trainer_of(num_nodes=2, timeout_minutes=minutes).strategy._timeout == timedelta(minutes=minutes)
 
 
 def test_slurm_without_srun_starts_its_own_ranks() -> None:
