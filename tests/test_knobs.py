@@ -242,7 +242,7 @@ EVALUATE_REFUSED = {
 }
 EVALUATE_VALUES = {"image_size": "64", "precision": "bf16", "data.crop_fraction": "0.5"}
 # The same code as in training, or of one split only; real_labels: tests/test_evaluation.py.
-AS_IN_TRAINING = {"data.train", "data.cache", *BUILT.keys(), "data.root", "real_labels"}
+AS_IN_TRAINING = {"data.train", "data.cache", *BUILT.keys(), "data.root", "trainer.timeout_minutes", "real_labels"}
 EVALUATE = keys_of("evaluate")
 
 
