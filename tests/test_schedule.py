@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 
 from repghost.model import WIDTHS
-from repghost.training.recipe import learning_rate, linear_scale
+from repghost.training.schedule import learning_rate, linear_scale
 
 
 @pytest.mark.parametrize("width", WIDTHS)

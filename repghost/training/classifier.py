@@ -20,9 +20,10 @@ from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
-from repghost.training.ema import WeightAverage
+from repghost.training.ema import WeightAverage, ema_decay
 from repghost.training.internals import copy_all
-from repghost.training.recipe import ema_decay, epoch_learning_rate, require_possible
+from repghost.training.recipe import require_possible
+from repghost.training.schedule import epoch_learning_rate
 from repghost.training.trainer import compile_step, compiles
 
 

@@ -5,7 +5,9 @@ update instead). Integer buffers (BatchNorm's batch counter) are copied. Check: 
 """
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +50,9 @@ class WeightAverage:
         self._average(*floats, 0)  # the last argument, a number of updates, is not read
         if counts[0]:
             copy_all(*counts)
+
+
+def ema_decay(recipe: Mapping[str, Any], steps: int) -> float:
+    """The decay of the weight average in a run of `steps` steps; `ema_span` is its memory as a share of them."""
+    span, decay = recipe["ema_span"], recipe["ema_decay"]
+    return float(decay if span is None else max(0.0, 1 - 1 / (span * steps)))

@@ -1,16 +1,8 @@
-"""A recipe: its values for the training step, its learning-rate curve, and how far a run is from the paper's.
+"""A recipe: which values it may have, how far a run is from the paper's, and what a run prints of it at its start.
 
-The curve is a linear warm-up, then a cosine, constant within an epoch:
-
-    e < warm-up epochs:  start + e (peak - start) / warm-up epochs
-    otherwise:           final + (peak - final) (1 + cos(pi e / epochs)) / 2
-
-The cosine is not shifted by the warm-up. With the paper's values (0.6, 1e-4, 1e-5, 5 of 300 epochs) this is the `lr`
-column of all eight official logs, to the printed digits.
-Check: `pytest tests/test_schedule.py tests/test_recipe.py tests/test_classifier.py`.
+Check: `pytest tests/test_recipe.py tests/test_classifier.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +14,7 @@ from repghost.dataset import DataModule
 from repghost.errors import UserError, print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat, resolve_recipe
+from repghost.training.schedule import linear_scale
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
@@ -42,37 +35,6 @@ def require_possible(recipe: Mapping[str, Any]) -> None:
     for key, (interval, holds) in _POSSIBLE.items():
         if recipe[key] is not None and not holds(recipe[key]):
             raise UserError(f"recipe.{key}={recipe[key]} is not in {interval}")
-
-
-def learning_rate(epoch: int, *, epochs: int, peak: float, start: float, final: float, warmup_epochs: int) -> float:
-    """The learning rate of epoch `epoch` (counted from 0) of a run of `epochs` epochs."""
-    if epoch < warmup_epochs:
-        return start + epoch * (peak - start) / warmup_epochs
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * epoch / epochs))
-
-
-def linear_scale(value: float, *, batch_size: int, reference_batch_size: int) -> float:
-    """`value`, stated for `reference_batch_size`, at `batch_size` (Goyal et al., arXiv 1706.02677, section 2.1)."""
-    return value * batch_size / reference_batch_size
-
-
-def epoch_learning_rate(recipe: Mapping[str, Any], epoch: int, *, epochs: int, batch_size: int) -> float:
-    """The learning rate of `epoch`, counted from 0, in a run of `epochs` epochs at the global `batch_size`.
-
-    The three rates of a recipe are stated for batches of `reference_batch_size`.
-    """
-    peak, start, final = (
-        linear_scale(recipe[key], batch_size=batch_size, reference_batch_size=recipe["reference_batch_size"])
-        for key in ("learning_rate", "start_learning_rate", "final_learning_rate")
-    )
-    warmup = recipe["warmup_epochs"]
-    return learning_rate(epoch, epochs=epochs, peak=peak, start=start, final=final, warmup_epochs=warmup)
-
-
-def ema_decay(recipe: Mapping[str, Any], steps: int) -> float:
-    """The decay of the weight average in a run of `steps` steps; `ema_span` is its memory as a share of them."""
-    span, decay = recipe["ema_span"], recipe["ema_decay"]
-    return float(decay if span is None else max(0.0, 1 - 1 / (span * steps)))
 
 
 def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> list[str]:
