@@ -192,14 +192,17 @@ def evaluate(
 
 def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
     """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
-    evaluations = {}
+    evaluations: dict[str, dict[str, Any]] = {}
     for selection in SELECTIONS:
         subject = subject_of_run(directory, selection)
         if selection == "last" and trainer.is_global_zero:
             assert isinstance(subject.network, RepGhostNet)
             save_weights(subject.network, directory / "model.safetensors")
             save_weights(reparameterize(subject.network), directory / "model_fused.safetensors")
-        evaluations[selection] = evaluate(subject, trainer, data, config)
+        if selection != "last" and subject.epoch == evaluations["last"]["epoch"]:  # the same weights
+            evaluations[selection] = evaluations["last"] | {"selection": selection}
+        else:
+            evaluations[selection] = evaluate(subject, trainer, data, config)
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):

@@ -9,6 +9,7 @@ multiply-accumulates with the published table.
 
 import math
 from collections import OrderedDict
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -222,7 +223,12 @@ def count_macs(model: RepGhostNet, image_size: int = 224) -> int:
     Counted on the fused form, which has the same and no BatchNorm, without storage: nothing is computed.
     """
     channels, classes = model.conv_stem.in_channels, model.classifier.out_features
+    return _count_macs(model.width, classes, channels, model.shortcut, image_size)
+
+
+@cache
+def _count_macs(width: float, classes: int, channels: int, shortcut: bool, image_size: int) -> int:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin = RepGhostNet(model.width, classes, channels, shortcut=model.shortcut, fused=True)
+        twin = RepGhostNet(width, classes, channels, shortcut=shortcut, fused=True)
         twin(torch.empty(1, channels, image_size, image_size))
     return counter.get_total_flops() // 2

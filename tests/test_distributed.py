@@ -48,6 +48,7 @@ def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> 
     assert checkpoint["train_sums"].shape == (2, 2), "a row for each rank"
 
 
+@pytest.mark.slow
 def test_more_ranks_than_images(shards: Path, tmp_path: Path) -> None:
     launch(
         tmp_path, "train.py", *TINY, f"data.root={shards}", "trainer.devices=2", "data.eval_batch_size=64", "name=few",

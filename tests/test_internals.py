@@ -136,25 +136,6 @@ def run_script(script: str) -> str:
     return done.stdout
 
 
-def test_an_import_leaves_signals_exits_and_warnings_alone() -> None:
-    script = """
-import atexit, signal, warnings
-registered, register = [], atexit.register
-def spy(function, *arguments, **options):
-    registered.append(getattr(function, "__module__", None) or "")
-    return register(function, *arguments, **options)
-atexit.register = spy
-handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-import train
-from repghost.training.internals import WARNINGS
-assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-assert not [name for name in registered if name.startswith(("repghost", "data"))], registered
-assert not [f for f in warnings.filters if f[1] is not None and f[1].pattern in WARNINGS]
-print("alone")
-"""
-    assert run_script(script) == "alone\n"
-
-
 def test_a_process_ends_although_its_workers_ignore_signals() -> None:
     script = """
 import torch

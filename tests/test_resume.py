@@ -14,6 +14,7 @@ from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 from benchmarks.kill import differences
 from repghost import evaluation as evaluation_module
 from repghost.evaluation import Evaluation
+from repghost.training import checkpoint
 from repghost.training.checkpoint import Checkpoints
 from repghost.training.classifier import ImageClassifier
 from repghost.training.loggers import RunFiles
@@ -118,7 +119,7 @@ def test_a_run_that_a_signal_stops_anywhere(
 CUTS = {
     "before any checkpoint": step(0, 1),
     "before the checkpoint of an epoch": (RunFiles, "on_train_epoch_end", lambda *_: True),
-    "between the best epochs and the last": (Checkpoints, "_save", lambda _, trainer, name: name == "best_ema.ckpt"),
+    "between the best epochs and the last": (checkpoint, "_copy", lambda _, path: path.name == "best_ema.ckpt"),
     "before metrics.csv is written": end_of("on_validation_epoch_end", 1),
     "after the very last": (Checkpoints, "_save", lambda _, trainer, name: trainer.current_epoch == 1),
 }

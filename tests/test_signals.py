@@ -120,11 +120,15 @@ def test_one_rank_is_signalled(process: StartTrain, rank: int) -> None:
     assert "Traceback" not in running.said and "error" not in running.said
 
 
-def test_a_mistake_is_one_line(train_tiny: Program, process: StartTrain, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before the ranks are started where it can be found then; once where all ranks find it."""
+def test_a_mistake_is_one_line(train_tiny: Program, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is found before the ranks are started, where it can be."""
     assert train_tiny("trainer.devices=3") == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and "batch_size=8 (global) does not divide by 3" in err
+
+
+@pytest.mark.slow
+def test_a_mistake_that_every_rank_finds_is_said_once(process: StartTrain) -> None:
     running = process("data.root=nowhere", "trainer.devices=2")
     assert running.ends() == 2
     assert running.said.count("error: ") == 1 and "nowhere" in running.said.splitlines()[-1]

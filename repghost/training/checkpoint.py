@@ -43,8 +43,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """Lightning's way to the disk, through `atomic_write` and `read_checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        with atomic_write(path, keep=PREVIOUS if path.name == LAST else None) as file:
+        with atomic_write(path, keep=_kept(Path(path))) as file:
             torch.save({**checkpoint, "format": FORMAT}, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -119,12 +118,15 @@ class Checkpoints(Checkpoint):
         self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Before last.ckpt: a process that dies in between trains the rest of the epoch again, and saves them again.
+        # last.ckpt comes last: a process that dies before it trains the rest of the epoch again, and saves all again.
         history = _classifier(trainer).history
-        for name, column in BEST.items():
-            if history[-1][column] >= max(row[column] for row in history):
-                self._save(trainer, name)
-        self._save(trainer, LAST)
+        best = [name for name, column in BEST.items() if history[-1][column] >= max(row[column] for row in history)]
+        first, *copies = [*best, LAST]
+        self._save(trainer, first)
+        if trainer.is_global_zero:
+            for name in copies:
+                _copy(self._folder / first, self._folder / name)
+        trainer.strategy.barrier()
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
         due = time.monotonic() - self._saved >= self._seconds
@@ -161,6 +163,16 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         # A step may be cut into another number of batches than before.
         rescale_batches(checkpoint, checkpoint["accumulate"], trainer.accumulate_grad_batches)
+
+
+def _copy(source: Path, path: Path) -> None:
+    with atomic_write(path, keep=_kept(path)) as file:
+        file.write(source.read_bytes())
+
+
+def _kept(path: Path) -> str | None:
+    """The name under which what was at `path` before is kept."""
+    return PREVIOUS if path.name == LAST else None
 
 
 def _classifier(trainer: pl.Trainer) -> ImageClassifier:
