@@ -57,7 +57,7 @@ class ShardReader:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._files: dict[int, int] = {}
+        self._files: dict[int, io.FileIO] = {}  # closed with the reader
 
     def load(
         self, crops: BatchCrops, load: Callable[[int, int], T], missing: T
@@ -109,8 +109,8 @@ class ShardReader:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return self._files[shard]
+            self._files[shard] = io.FileIO(self.index.shards[shard])
+        return self._files[shard].fileno()
 
 
 def allow_open_files(count: int) -> None:

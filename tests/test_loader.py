@@ -1,5 +1,6 @@
 """The torch loader: pixels against PIL, whole batches, faults."""
 
+import gc
 import io
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -47,6 +48,20 @@ def pil(index: Index, row: int) -> Image.Image:
 
 def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).int()
+
+
+def test_a_loader_that_is_dropped_leaves_no_shard_open(index: Index) -> None:
+    def still_open() -> list[str]:
+        links = (f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd"))
+        return [path for path in map(os.path.realpath, links) if path in map(os.path.realpath, index.shards)]
+
+    before = still_open()
+    loader = eval_loader(index, 8)
+    list(loader)
+    assert len(still_open()) > len(before)
+    del loader
+    gc.collect()
+    assert still_open() == before
 
 
 def test_training_crops_equal_pil(index: Index) -> None:
