@@ -23,6 +23,8 @@ from data.pil_ops import black, blend, channels, grey, mean_grey
 from data.rand_augment import RandAugment
 from repghost.errors import UserError, run_command
 
+Colour = tuple[Tensor, Tensor]  # factors and order of `jitter`
+
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 DEGENERATES = (black, mean_grey, grey)  # what a factor of 0 leaves
 ORDERS = tuple(permutations(range(3)))  # lexicographic, which `_mixed_order` computes with
@@ -87,10 +89,10 @@ class Normalize:
         self.mean = tuple(255.0 * value for value in mean)
         self.std = tuple(255.0 * value for value in std)
 
-    def evaluate(self, images: Tensor) -> Tensor:
-        """Normalizes uint8 [N, 3, H, W], or float32 of the same values, and does nothing else: float32."""
+    def evaluate(self, images: Tensor, out: Tensor | None = None) -> Tensor:
+        """Normalizes uint8 [N, 3, H, W], or float32 of the same values, and does nothing else: float32, into `out`."""
         pixels = images.float()
-        return pixels.sub(channels(self.mean, pixels)).div_(channels(self.std, pixels))
+        return torch.sub(pixels, channels(self.mean, pixels), out=out).div_(channels(self.std, pixels))
 
 
 class Augment(Normalize):
@@ -154,22 +156,24 @@ class Augment(Normalize):
         result = torch.empty_like(images, dtype=torch.float32)
         for sample in map(slice, range(len(images)), range(1, len(images) + 1)):  # one fits a core's cache
             part = colour and (colour[0][sample], colour[1][sample])
-            result[sample] = self._pixels(images[sample], uniforms[sample], part, grouped=True)
+            self._pixels(images[sample], uniforms[sample], part, grouped=True, out=result[sample])
             if boxes is not None:
                 erase_in_place(result[sample], boxes[sample], generator)
         return result
 
-    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Factors and order of `jitter`, boxes to erase."""
+    def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[Colour | None, Tensor | None]:
+        """What `jitter` does, and the boxes to erase."""
         boxes = None if self.erase is None else self.erase.boxes(uniforms, *images.shape[2:])
         return None if self.jitter is None else self.jitter.draw(uniforms), boxes
 
-    def _pixels(self, images: Tensor, uniforms: Tensor, colour: tuple[Tensor, Tensor] | None, grouped: bool) -> Tensor:
-        """All but the erasing; colour: factors and order of `jitter`."""
+    def _pixels(
+        self, images: Tensor, uniforms: Tensor, colour: Colour | None, grouped: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """All but the erasing, into `out`."""
         pixels = flip(images, uniforms[:, sampling.FLIP] < self.flip, grouped)
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, grouped)
-        return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped))
+        return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped), out)
 
 
 def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None) -> None:
@@ -191,8 +195,8 @@ def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
 
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
     """uint8 [N, 3, H, W], mirrored left to right where bool [N] says so."""
-    if grouped and not flipped.any():
-        return images
+    if grouped and flipped.all() == flipped.any():  # as for a single sample
+        return images.flip(3) if flipped.all() else images
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -213,7 +217,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor, grouped: bool) -> Ten
 
     for image, image_factors, sequence in zip(pixels.split(1), factors.tolist(), order.tolist(), strict=True):
         for knob in ORDERS[sequence]:
-            blend(DEGENERATES[knob](image), image, image_factors[knob], out=image)
+            blend(0.0 if knob == BRIGHTNESS else DEGENERATES[knob](image), image, image_factors[knob], out=image)
     return pixels
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 
-def blend(degenerate: Tensor, pixels: Tensor, factor: Tensor | float, out: Tensor | None = None) -> Tensor:
+def blend(degenerate: Tensor | float, pixels: Tensor, factor: Tensor | float, out: Tensor | None = None) -> Tensor:
     """PIL.Image.blend: from the degenerate image (factor 0) to the image (1) and beyond, clipped, truncated.
 
-    degenerate: float32, broadcastable to pixels, float32 [N, 3, H, W]; factor: a number or float32 [N, 1, 1, 1];
-    out: what to write to, which may be `pixels`.
+    degenerate: float32, broadcastable to pixels, float32 [N, 3, H, W], or 0.0 for black; factor: a number or float32
+    [N, 1, 1, 1]; out: what to write to, which may be `pixels`.
     """
+    if isinstance(degenerate, float):  # black, which adds nothing
+        return torch.mul(pixels, factor, out=out).clamp_(0.0, 255.0).floor_()
     return torch.sub(pixels, degenerate, out=out).mul_(factor).add_(degenerate).clamp_(0.0, 255.0).floor_()
 
 
