@@ -6,6 +6,7 @@ GPU a time of its own, every boundary waits for the GPU: the sum is what the ste
 trace of the next steps waits for nothing. Check: `pytest tests/test_profile.py`.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class StepProfiler(Profiler):
         (self._tracer.step if self._begun else self._tracer.start)()
         if self._begun == SKIPPED + CLOCKED:
             self._write_table(CLOCKED)
+        if self._begun == 1:
+            print_rank_zero(f"start      the first step was done {_age():.1f} s after the command")
         self._begun += 1
         if SKIPPED < self._begun <= SKIPPED + CLOCKED + 1 + TRACED:
             self._switch(0, REST)
@@ -99,6 +102,12 @@ class StepProfiler(Profiler):
         file = self._directory / "trace.json.gz"
         tracer.export_chrome_trace(str(file))
         print_rank_zero(f"trace      {file}: open it at ui.perfetto.dev")
+
+
+def _age() -> float:
+    """Seconds since this process was started (proc_pid_stat(5), field 22)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def _stage(action: str) -> str | None:
