@@ -8,6 +8,8 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 
+from repghost.extras import how_to_install
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,6 +45,8 @@ def user_message(error: BaseException) -> str | None:
     for link in links:
         if isinstance(link, UserError):
             return str(link)
+        if isinstance(link, ModuleNotFoundError) and (line := how_to_install(link.name or "")):
+            return line
         if isinstance(link, OSError) and link.errno in DISK_FULL:
             return (
                 f"{link.filename or 'a file'}: {link.strerror}: free some space, start again; nothing is half written"

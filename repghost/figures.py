@@ -17,14 +17,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, BinaryIO
 
 from repghost.errors import run_command
 from repghost.files import atomic_write, read_table
 from repghost.reference import Row, peers, published
 from repghost.results import HEADER, paper_rows, read_results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE_PANELS = (
     ("Top-1 (%)", {"val_top1": "raw", "ema_top1": "EMA"}),
@@ -90,6 +91,8 @@ def draw_accuracy(
 
     latency: rows of latency.csv; none for timm's published latency.
     """
+    from matplotlib.figure import Figure  # which --help does not need
+
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     networks, panels = peers(), dict(PANELS)
@@ -134,8 +137,10 @@ def draw_curve(history: Sequence[Row], official: dict[int, Row] | None, file: Bi
     figure.savefig(file, format="png", dpi=110)
 
 
-def curve_figure(history: Sequence[Row], official: dict[int, Row] | None) -> Figure:
+def curve_figure(history: Sequence[Row], official: dict[int, Row] | None) -> "Figure":
     """The panels of curve.png. An epoch whose loss explodes is cut off, so that the others stay readable."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 4), layout="constrained")
     for axis, (label, lines) in zip(figure.subplots(1, len(CURVE_PANELS)), CURVE_PANELS, strict=True):
         for (column, name), style in zip(lines.items(), ("-", "--", ":"), strict=False):

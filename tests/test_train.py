@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from runs import PowerCut, cut_after
 
 from data.write_shards.write import write_folder
 from repghost.model import repghostnet
+from repghost.training.loggers import duration
 from repghost.weights import read_weights
 
 Program = Callable[..., int]
@@ -256,3 +259,25 @@ def test_weights_that_are_none(evaluate_with: Program, shards: Path, capsys: pyt
         assert len(error.splitlines()) == 1, error
     assert evaluate_with() == 2 and "run=" in capsys.readouterr().err
     assert read_weights("seven.ckpt")["classifier.weight"].shape[0] == 7
+
+
+def test_a_run_says_when_it_will_be_finished(
+    train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert train_tiny("epochs=3", "name=x") == 0
+    out, bar = capsys.readouterr()
+    lines = re.findall(r"epoch +[0-9]/3 .*", out)
+    assert [bool(re.search(r"images/s  [0-9]+ (s|min) left", line)) for line in lines] == [True, True, False]
+    assert re.search(r"images/s=[0-9,]+, left=[0-9]+ (s|min)", out + bar)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.2, "0 s"), (29, "29 s"), (59.6, "1 min"), (3569, "59 min"), (3599, "1 h 0 min"), (15_120, "4 h 12 min"),
+        (86_399, "1 d 0 h"), (200_000, "2 d 7 h"),
+    ],
+)  # fmt: skip
+def test_times_are_read_at_a_glance(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

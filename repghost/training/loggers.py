@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partialmethod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -92,11 +93,14 @@ def make_logger(config: DictConfig | None, directory: Path) -> list[Logger]:
 class RunFiles(Callback):
     """Writes metrics.csv (reproducible, rewritten from the history), timing.csv and curve.png; prints epoch lines.
 
-    Hands config.yaml to the loggers when the training begins. `official` is the reference curve to compare with.
+    Hands config.yaml to the loggers when the training begins. `official` is the reference curve to compare with,
+    `epoch_seconds` what an epoch of this process took, with its validation: the median, None before the first ended.
     """
 
     def __init__(self, directory: Path, curve_seconds: float) -> None:
         self.official: dict[int, Row] | None = None
+        self.epoch_seconds: float | None = None
+        self._measured: list[float] = []  # seconds of every epoch
         self._directory = directory
         self._curve_seconds = curve_seconds
         self._curve_drawn = 0.0
@@ -125,6 +129,11 @@ class RunFiles(Callback):
         assert isinstance(pl_module, ImageClassifier)
         now, row = time.perf_counter(), pl_module.history[-1]
         epoch, seconds = int(row["epoch"]), self._validating - self._started
+        if self._batches:  # an epoch may be entered in its middle, or at its end
+            whole = seconds * trainer.num_training_batches / self._batches
+            self._measured.append(whole + now - self._validating)
+            self.epoch_seconds = median(self._measured)
+        left = ((trainer.max_epochs or 0) - epoch - 1) * (self.epoch_seconds or 0)
         speed = self._batches * pl_module.images_per_batch / seconds
         write_text(self._directory / "metrics.csv", rows_as_csv(pl_module.history))
         timing = {
@@ -145,6 +154,7 @@ class RunFiles(Callback):
         print(
             f"epoch {epoch + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
             f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s"
+            + (f"  {duration(left)} left" if left else "")
             + (f"  {standing(row, self.official)}" if self.official else ""),
             flush=True,
         )
@@ -159,14 +169,33 @@ class RunFiles(Callback):
 
 
 class SpeedBar(TQDMProgressBar):
-    """Lightning's progress bar with images/s; silent without a terminal."""
+    """Lightning's progress bar with images/s and the time until the training ends; silent without a terminal."""
 
     def __init__(self, refresh_rate: int) -> None:
         super().__init__(refresh_rate=refresh_rate if sys.stderr.isatty() else 0)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
-        rate = self.train_progress_bar.format_dict["rate"]
+        bar = self.train_progress_bar.format_dict
+        # Lightning sets the bar's position, of which tqdm measures no rate of its own.
+        rate = (bar["n"] - bar["initial"]) / bar["elapsed"] if bar["elapsed"] else 0
         if rate and isinstance(pl_module, ImageClassifier):
             shown["images/s"] = f"{rate * pl_module.images_per_batch:,.0f}"
+            epochs = (trainer.max_epochs or 0) - trainer.current_epoch - bar["n"] / trainer.num_training_batches
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            measured = next((c.epoch_seconds for c in callbacks if isinstance(c, RunFiles)), None)
+            # Without the validations until one was measured.
+            shown["left"] = duration(epochs * (measured or trainer.num_training_batches / rate))
         return shown
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 4 h 12 min."""
+    minutes = round(seconds / 60)
+    if minutes == 0:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // (24 * 60)} d {minutes // 60 % 24} h"
