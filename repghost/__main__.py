@@ -33,7 +33,9 @@ def run(arguments: list[str]) -> None:
         sys.argv = arguments
         runpy.run_module(f"repghost.{name}", run_name="__main__", alter_sys=True)
     else:
-        raise UserError(f"{name} is not a command; the commands are {', '.join(COMMANDS)}; repghost --help explains them")
+        raise UserError(
+            f"{name} is not a command; the commands are {', '.join(COMMANDS)}; repghost --help explains them"
+        )
 
 
 def main() -> int:
