@@ -21,7 +21,7 @@ PRODUCT = [*LIBRARY, *PROGRAMS]
 
 # What trains and evaluates: the network, the training, the feeding, the evaluation, the launch.
 CORE = [
-    "repghost/model.py", "repghost/reparameterize.py", "repghost/weights.py",
+    "repghost/model.py", "repghost/reparameterization.py", "repghost/weights.py",
     "repghost/training/**/*.py",
     "data/datamodule.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py", "data/reader.py",
     "data/shards.py", "data/torch_loader.py", "data/dali_loader.py", "data/augment.py", "data/rand_augment.py",
