@@ -122,7 +122,8 @@ def choices_listed() -> Iterator[None]:
 
 def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> None:
     """Raises UserError for the first value of a composed config that cannot be meant, or that a training lacks."""
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if "hydra" in config:  # Hydra's own, as in a sweep
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]

@@ -26,6 +26,7 @@ from repghost.errors import UserError
 from repghost.ranks import external_launcher, signals_passed_on
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
+from repghost.schema.check import shown
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
@@ -54,7 +55,7 @@ class Sweep:
             self._read_command_line(settings)
         swept = [override for override in settings.overrides.task if _key(override) not in self._fixed]
         folder, config = self._compose(swept)
-        title = f"[{settings.job.num + 1}/{self._count}] {' '.join(swept)}"
+        title = f"[{settings.job.num + 1}/{self._count}] {shown(' '.join(swept))}"
         print(f"\n{title}", flush=True)
         code, received = self._start(swept)
         stopped = OmegaConf.select(config, "checkpoint.exit_code")

@@ -37,9 +37,12 @@ def _group_rows(program: str, conf: Path) -> Iterator[str]:
     chosen = {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
     for group in sorted(chosen.keys() & keys(program).keys()):
         for file in sorted((conf / group).glob("*.yaml")):
-            comments = [line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line]
+            text = file.read_text()
+            if "\ntest_set:" in text and "test_set" not in keys(program):
+                continue
+            comments = [line for line in text.splitlines() if line.startswith("# ") and "@" not in line]
             by_default = " (default)" if file.stem == chosen[group] else ""
-            yield f"  {f'{group}={file.stem}':<{_COLUMN}} {comments[0].removeprefix('# ')}{by_default}"
+            yield f"  {f'{group}={file.stem}':<{_COLUMN}}  {comments[0].removeprefix('# ')}{by_default}"
 
 
 def key_rows(program: str, conf: Path) -> Iterator[str]:
@@ -51,4 +54,4 @@ def key_rows(program: str, conf: Path) -> Iterator[str]:
             value = OmegaConf.select(config, name, default="???", throw_on_missing=False)
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             left = name if value == "???" else f"{name}={shown(value)}"
-            yield f"  {left:<{_COLUMN}} {key.sentence} ({key.words})"
+            yield f"  {left:<{_COLUMN}}  {key.sentence} ({key.words})"

@@ -7,68 +7,34 @@ Check: `pytest tests/test_schema.py`.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
-
-class Part(BaseModel):
-    """Keys that belong together. A word is no number, `true` is none either, and an unknown key is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-def key(sentence: str, **limits: Any) -> Any:
-    return Field(description=sentence, **limits)
-
-
-def optional() -> Any:
-    return Field(None)
-
-
-def follows(source: str) -> Any:
-    """A key that has the value of `source` and cannot be given itself."""
-    return Field(json_schema_extra={"follows": source})
-
-
-def _ascending(values: list[float]) -> list[float]:
-    if values != sorted(values):
-        raise ValueError("not ascending")
-    return values
-
-
-def _folder_name(name: str) -> str:
-    if "/" in name or "\0" in name or name in (".", "..") or len(name.encode(errors="surrogateescape")) > 255:
-        raise ValueError("not the name of a folder")
-    return name
-
-
-# "format" says that a value is taken as it was typed; "words" replaces what is derived of a type.
-Path = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"})]
-Text = Annotated[str, Field(min_length=1, json_schema_extra={"format": "text"})]
-FolderName = Annotated[
+from repghost.schema.values import (
+    Colour,
+    Convert,
+    Count,
+    FolderName,
+    ImageSize,
+    Mean,
+    NotNegative,
+    Part,
+    Partial,
+    Path,
+    Positive,
+    Positives,
+    Report,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Shares,
+    Std,
+    Target,
     Text,
-    AfterValidator(_folder_name),
-    Field(json_schema_extra={"format": "text", "words": "the name of a folder, at most 255 bytes, without /"}),
-]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
-
-_PAIR: dict[str, Any] = {"min_length": 2, "max_length": 2, "json_schema_extra": {"shape": "[LOW,HIGH] in this order"}}
-Shares = Annotated[list[ShareAboveZero], AfterValidator(_ascending), Field(**_PAIR)]
-Positives = Annotated[list[Positive], AfterValidator(_ascending), Field(**_PAIR)]
-_RGB: dict[str, Any] = {"min_length": 3, "max_length": 3, "json_schema_extra": {"shape": "[R,G,B]"}}
-Mean = Annotated[list[Share], Field(**_RGB)]
-Std = Annotated[list[ShareAboveZero], Field(**_RGB)]
-Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(**_RGB)]
-
-Target = Annotated[str, Field(alias="_target_", min_length=1)]
-Partial = Annotated[Literal[True], Field(alias="_partial_")]
-Convert = Annotated[Literal["all"], Field(alias="_convert_")]
-Width = Annotated[float, Field(gt=0, le=10)]
-ImageSize = Annotated[int, Field(ge=32, le=2048)]
+    Width,
+    follows,
+    key,
+    optional,
+)
 
 
 class Shared(Part):
@@ -196,7 +162,7 @@ class Recipe(Part):
     final_learning_rate: NotNegative = key("that the cosine ends with, scaled likewise")
     reference_batch_size: Count = key("global batch size for which the learning rates are stated")
     warmup_epochs: Annotated[int, Field(ge=0)] = key("epochs of linear warm-up, at most epochs")
-    momentum: ShareBelowOne = key("of SGD, Nesterov's")
+    momentum: ShareBelowOne = key("of SGD, in Nesterov's form")
     weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
     label_smoothing: ShareBelowOne = key("share of the target that is spread over all classes")
     dropout: ShareBelowOne = key("before the classifier")
@@ -264,8 +230,10 @@ class Train(Shared):
         "of the training; auto: bf16 or fp16 on a GPU, float32 on a CPU; validation is float32"
     )
     channels_last: bool = key("memory format of images and weights")
-    compile: Literal["auto"] | bool = key("torch.compile the training step; auto: on GPUs")
-    profile: bool = key("write where the time of a step goes (profile.csv, trace.json.gz)")
+    compile: Literal["auto"] | bool = key(
+        "torch.compile the training step, which takes a minute or two, once; auto: on GPUs"
+    )
+    profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
     checkpoint: Checkpoints
     curve_seconds: NotNegative = key("curve.png is drawn again at the end of an epoch when it is older")
     data: TrainingData
@@ -307,7 +275,7 @@ class Evaluate(Shared):
     width: Width = key("width multiplier of the weights; an exported file knows its own")
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
-    report: Literal["classes", "predictions"] | list[Literal["classes", "predictions"]] | None = key(
+    report: Report | Annotated[list[Report], Field(min_length=1)] | None = key(
         "CSV files in the run's folder, or beside results: accuracy by class and confusions, every prediction",
         json_schema_extra={"words": "one of classes, predictions, [classes,predictions], null"},
     )
