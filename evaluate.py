@@ -9,24 +9,28 @@ form of the network; an exported file (.onnx, .pte) with its own runtime.
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repghost.evaluation import evaluate, record, subject_of
-from repghost.export.runtimes import is_exported, open_exported
 from repghost.launch import command
-from repghost.ranks import run_on_devices
-from repghost.run import resolved_for_evaluation
-from repghost.training.loggers import SpeedBar
 
 
 @command("evaluate")
 def main(config: DictConfig) -> int:
+    # Here and below, what takes long to import: the command line was understood by now.
+    from repghost.ranks import run_on_devices
+    from repghost.run import resolved_for_evaluation
+
     return run_on_devices(run, resolved_for_evaluation(config))
 
 
 def run(config: DictConfig) -> None:
     """Evaluates what `config` names, as one of its ranks."""
+    from hydra.utils import instantiate
+
+    from repghost.evaluation import evaluate, record, subject_of
+    from repghost.export.runtimes import is_exported, open_exported
+    from repghost.training.loggers import SpeedBar
+
     exported = None
     if is_exported(config.weights):
         exported = open_exported(config.weights, config.image_size, config.precision, config.data.augment)

@@ -12,25 +12,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pathlib import Path
 
-import pytorch_lightning as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repghost.evaluation import evaluate_run
 from repghost.launch import command
-from repghost.ranks import run_on_devices
-from repghost.reference import reference_curve
-from repghost.run import folder_of, is_finished, open_run, write_class_names
-from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
-from repghost.training.loggers import RunFiles, SpeedBar, make_logger
-from repghost.training.profiler import StepProfiler
-from repghost.training.recipe import describe
-from repghost.training.trainer import compiles, keep_compiled
-from repghost.weights import start_from
 
 
 @command("train")
 def main(config: DictConfig) -> int:
+    # Here and below, what takes long to import: the command line was understood by now.
+    from repghost.ranks import run_on_devices
+    from repghost.run import is_finished, open_run
+
     directory, config = open_run(config)
     if is_finished(directory):
         print(f"{directory} is finished; evaluation.json in it holds the result")
@@ -40,6 +32,19 @@ def main(config: DictConfig) -> int:
 
 def train(config: DictConfig) -> None:
     """Trains the run that `config` describes, as one of its ranks, and evaluates it."""
+    import pytorch_lightning as pl
+    from hydra.utils import instantiate
+
+    from repghost.evaluation import evaluate_run
+    from repghost.reference import reference_curve
+    from repghost.run import folder_of, write_class_names
+    from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
+    from repghost.training.loggers import RunFiles, SpeedBar, make_logger
+    from repghost.training.profiler import StepProfiler
+    from repghost.training.recipe import describe
+    from repghost.training.trainer import compiles, keep_compiled
+    from repghost.weights import start_from
+
     directory = folder_of(config)
     folder = directory / "checkpoints"
     checkpoints = Checkpoints(folder, **config.checkpoint)

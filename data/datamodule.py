@@ -58,12 +58,6 @@ class ImageNetData(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        if self.image_size < 32:
-            raise UserError(f"image_size={self.image_size}: the network divides by 32, so at least 32")
-        if not 0 < self.crop_fraction <= 1:
-            raise UserError(f"data.crop_fraction={self.crop_fraction} is not in (0, 1]")
-        if self.loader not in ("auto", "dali", "torch"):
-            raise UserError(f"loader={self.loader} is not one of auto, dali, torch")
         if is_remote(self.root) and (self.train or self.val):
             what = "shards named by data.train or data.val cannot be read from a URL"
             raise UserError(f"data.root={self.root}: {what}: copy them to a local folder")
@@ -154,8 +148,6 @@ class ImageNetTraining(ImageNetData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: not negative")
         self._batch = 0  # number in its epoch of the batch that is on its way to the device
 
     @property

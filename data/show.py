@@ -7,26 +7,52 @@ Check: `pytest tests/test_show.py`.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from PIL import Image
-from torchvision.utils import make_grid
-
-from repghost.errors import run_command
-from repghost.run import resolve_recipe
-
-CONF = Path(__file__).parents[1] / "conf"
+from repghost.command_line import CONF, compose_config
+from repghost.errors import UserError, run_command
+from repghost.schema.help import key_rows
 
 
-def augmented_grid(overrides: Sequence[str], samples: int, epochs: int) -> Image.Image:
-    """The grid of the first `samples` training samples, with `epochs` augmented columns."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", list(overrides))
+class Parser(argparse.ArgumentParser):
+    """Mistakes are a UserError, whose line is all that is printed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def count(text: str) -> int:
+    """A number of rows or columns."""
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 to 100 is needed")
+    return int(text)
+
+
+def image_file(text: str) -> Path:
+    """A path whose ending says which format of Pillow's is written."""
+    from PIL import Image
+
+    if (path := Path(text).expanduser()).suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f"{text}: no ending of an image file, such as .png")
+    return path
+
+
+def augmented_grid(overrides: Sequence[str], samples: int, epochs: int, out: Path) -> None:
+    """Writes the grid of the first `samples` training samples, with `epochs` augmented columns."""
+    config = compose_config("train", overrides)
+
+    # What takes long to import: the command line was understood by now.
+    import torch
+    from hydra.utils import instantiate
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    from repghost.run import resolve_recipe
+
     resolve_recipe(config)
     data = instantiate(config.data)
     data.setup("show")
@@ -34,18 +60,26 @@ def augmented_grid(overrides: Sequence[str], samples: int, epochs: int) -> Image
     columns = torch.stack(list(data.preview(samples, epochs)), dim=1)  # [samples, epochs + 1, 3, S, S]
     pixels = (columns.flatten(0, 1) * std + mean).clamp(0, 255) / 255
     grid = make_grid(pixels, nrow=epochs + 1, padding=4, pad_value=1.0)
-    return Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy())
+    Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()).save(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the grid."""
-    parser = argparse.ArgumentParser(prog="python -m data.show", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", default="augmented.png", help="file to write (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="rows (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=7, help="augmented columns (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="as for train.py: data.root=SHARDS width=1.3 recipe=...")
-    options = parser.parse_args(arguments)
-    augmented_grid(options.overrides, options.samples, options.epochs).save(options.out)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(
+        prog="python -m data.show",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if {"-h", "--help"} & set(arguments):
+        parser.epilog = "\n".join(["keys of train.py, with their values by default:", *key_rows("train", CONF)])
+    add = parser.add_argument
+    add("--out", type=image_file, default=Path("augmented.png"), help="image file to write (default: %(default)s)")
+    add("--samples", type=count, default=8, help="rows, 1 to 100 (default: %(default)s)")
+    add("--epochs", type=count, default=7, help="augmented columns, 1 to 100 (default: %(default)s)")
+    add("overrides", nargs="*", help="as for train.py: data.root=SHARDS width=1.3 recipe=...")
+    options = parser.parse_intermixed_args(arguments)
+    augmented_grid(options.overrides, options.samples, options.epochs, options.out)
     print(f"{options.out}: {options.samples} samples, the evaluation crop first, then {options.epochs} epochs")
     return 0
 

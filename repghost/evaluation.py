@@ -23,7 +23,7 @@ from repghost.files import write_text
 from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
 from repghost.reference import published_accuracy
-from repghost.reparameterize import reparameterize
+from repghost.reparameterization import reparameterize
 from repghost.reports import Predictions, report_names, write_reports
 from repghost.results import append_result
 from repghost.run import SELECTIONS, data_name, load_run

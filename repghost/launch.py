@@ -1,37 +1,27 @@
 """How train.py and evaluate.py start: Hydra composes the config, mistakes end in one line, -m sweeps.
 
-A sweep (`python train.py -m width=0.5,0.58`) runs every job as a process of its own, one after the other, under any of
-Hydra's sweepers. A job resumes a run that was interrupted and passes over one that is finished, so the same sweep goes
-on where it stopped. Check: `pytest tests/test_sweep.py`.
+Nothing that takes long to import is, before the command line was understood and its values were checked.
+Check: `pytest tests/test_schema.py tests/test_sweep.py`.
 """
 
 import functools
 import inspect
-import itertools
 import os
-import re
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
-from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from repghost.errors import UserError, run_command
-from repghost.ranks import external_launcher, signals_passed_on
-from repghost.results import read_results, runs_table
-from repghost.run import folder_of, top1
+from repghost.command_line import CONF, check_config, choices_listed, read_command_line
+from repghost.errors import run_command
 
-_OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
-_OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
+if TYPE_CHECKING:
+    from repghost.sweep import Sweep
 
 Main = Callable[[DictConfig], int | None]
 
@@ -39,7 +29,7 @@ Main = Callable[[DictConfig], int | None]
 def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
     """Makes a program of `function(config)`, which returns its exit code or None for 0.
 
-    Hydra composes the config from conf/`config_name`.yaml beside the function's file and the command line.
+    Hydra composes the config from conf/`config_name`.yaml and the command line.
     """
 
     def decorate(function: Main) -> Callable[[], None]:
@@ -47,136 +37,59 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
 
         @functools.wraps(function)
         def main() -> None:
-            sweep = Sweep(program)
+            sweeps: list[Sweep] = []
 
             @functools.wraps(function)
             def job(config: DictConfig) -> float | None:
                 settings = HydraConfig.get()
-                sweeping = settings.mode == RunMode.MULTIRUN
-                if sweeping and settings.runtime.choices["hydra/launcher"] != "basic":
-                    # This process is the job's own, from a launcher such as submitit's.
-                    if code := function(config):
+                if settings.mode != RunMode.MULTIRUN:
+                    # Hydra would add lines of its own to an exception.
+                    if code := run_command(lambda: _checked(config_name, function, config)):
                         sys.exit(code)
-                    return top1(folder_of(config))
-                # Hydra would add lines of its own to an exception, and go on with the next job.
-                if code := run_command(sweep.run_job if sweeping else lambda: function(config)):
-                    sys.exit(code)
-                return sweep.top1
+                    return None
+                if settings.runtime.choices["hydra/launcher"] != "basic":
+                    # This process is the job's own, from a launcher such as submitit's.
+                    if failed := _checked(config_name, function, config):
+                        sys.exit(failed)
+                    return _top1(config)
+                if not sweeps:
+                    from repghost.sweep import Sweep
 
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
-            conf = str(program.parent / "conf")
-            compose_and_run = hydra.main(version_base="1.3", config_path=conf, config_name=config_name)(job)
-            if code := run_command(compose_and_run) or sweep.report():
+                    sweeps.append(Sweep(program))
+                if code := run_command(sweeps[0].run_job):  # Hydra would go on with the next job
+                    sys.exit(code)
+                return sweeps[0].top1
+
+            if code := run_command(lambda: _run(config_name, inspect.getmodule(function), job)):
                 sys.exit(code)
+            if sweeps and sweeps[0].report():
+                sys.exit(1)
 
         return main
 
     return decorate
 
 
-class Sweep:
-    """The jobs of `python PROGRAM -m ...`: starts them, and reports what failed and the table of results at the end."""
+def _run(program: str, module: object, job: Callable[[DictConfig], float | None]) -> None:
+    """Has Hydra read the command line and call `job`, once or for each job of a sweep."""
+    flags, overrides = read_command_line(program, sys.argv[1:])
+    if {"--help", "-h"} & set(flags):
+        from repghost.schema.help import help_text
 
-    def __init__(self, program: Path) -> None:
-        self.top1: float | None = None  # of the last job in percent, None if it failed
-        self._program = program
-        self._count: int | str = 0  # of jobs, once the command line was read; "?" where the sweeper decides
-        self._flags: list[str] = []  # of Hydra's, for every job
-        self._fixed: dict[str, str] = {}  # the overrides that all jobs share, by key
-        self._runs: dict[Path, tuple[Sequence[str], DictConfig]] = {}  # swept overrides and config by the run's folder
-        self._failures: list[str] = []
-
-    def run_job(self) -> None:
-        """Runs the job that Hydra has composed.
-
-        Exits with `checkpoint.exit_code` if a signal stopped the job or the sweep. Raises UserError, before the first
-        job, for a sweep under a launcher of ranks and for two jobs that would train in the same folder.
-        """
-        settings = HydraConfig.get()
-        if not self._count:
-            self._read_command_line(settings)
-        swept = [override for override in settings.overrides.task if _key(override) not in self._fixed]
-        folder, config = self._compose(swept)
-        title = f"[{settings.job.num + 1}/{self._count}] {' '.join(swept)}"
-        print(f"\n{title}", flush=True)
-        code, received = self._start(swept)
-        stopped = OmegaConf.select(config, "checkpoint.exit_code")
-        if received or code == stopped:
-            print(f"\ninterrupted in {title}: the same command goes on from there", flush=True)
-            sys.exit(stopped or 128 + received[0])
-        self.top1 = None if code else top1(folder)
-        if code:
-            self._failures.append(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
-            print(self._failures[-1], flush=True)
-
-    def report(self) -> int:
-        """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""
-        names = [folder.name for folder in self._runs]
-        tables = dict.fromkeys(str(config.results) for _, config in self._runs.values())
-        rows = [row for table in tables for row in read_results(table) if row["name"] in names]
-        if rows:
-            print(f"\n{runs_table(sorted(rows, key=lambda row: names.index(row['name'])))}", flush=True)
-        if self._failures:
-            print(f"\n{len(self._failures)} failed:", *self._failures, sep="\n", flush=True)
-        return int(bool(self._failures))
-
-    def _read_command_line(self, settings: HydraConf) -> None:
-        """Takes overrides as typed, for the names: sweepers write 1e-3 as 0.001. Composes all jobs that are known."""
-        if "RANK" in os.environ or "WORLD_SIZE" in os.environ or external_launcher():
-            raise UserError(
-                "-m under torchrun, srun or others that set RANK: ranks of different jobs would mix their gradients; "
-                "start the sweep with python, its jobs start the ranks (trainer.devices=N)"
-            )
-        typed = [argument for argument in sys.argv[1:] if _OVERRIDE.match(argument)]
-        self._flags = [argument for argument in sys.argv[1:] if argument not in (*typed, "-m", "--multirun")]
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        overrides = {override.get_key_element(): override for override in parser.parse_overrides(typed)}
-        swept = {key: override for key, override in overrides.items() if override.is_sweep_override()}
-        for key in overrides:
-            if key not in swept and not _OF_THE_SWEEP.match(key):
-                self._fixed[key] = str(overrides[key].input_line)
-        self._count = settings.sweeper.get("n_trials") or "?"
-        if settings.runtime.choices["hydra/sweeper"] == "basic":
-            jobs = ([f"{key}={value}" for value in override.sweep_string_iterator()] for key, override in swept.items())
-            for self._count, job in enumerate(itertools.product(*jobs), start=1):
-                self._compose(job)
-
-    def _compose(self, swept: Sequence[str]) -> tuple[Path, DictConfig]:
-        """The folder and the config of a job's run. Raises UserError if the run of another job is in that folder."""
-        name = HydraConfig.get().job.config_name
-        config = hydra.compose(name, [*self._fixed.values(), *swept], return_hydra_config=True)
-        HydraConfig.instance().set_config(config)  # a run's name depends on it
-        folder = folder_of(config)
-        if set(self._runs.setdefault(folder, (swept, config))[0]) != set(swept) and "output" in config:
-            raise UserError(
-                f"two runs of the sweep would share the folder {folder}: give them names that differ, such as "
-                f"'name=NAME-${{{_key(next(iter(swept), 'seed'))}}}'"
-            )
-        return folder, config
-
-    def _start(self, swept: Sequence[str]) -> tuple[int, list[int]]:
-        """Runs a job as a process; returns its exit code and the signals that came and were passed on meanwhile."""
-        process: subprocess.Popen[bytes] | None = None
-        group = "-".join(["sweep", *sorted(_key(override).lstrip("+") for override in swept)])
-
-        def send(number: int) -> None:
-            if process:
-                process.send_signal(number)
-
-        with signals_passed_on(send) as received:
-            process = subprocess.Popen(
-                [sys.executable, self._program, *self._flags, *self._fixed.values(), *swept],
-                env={"WANDB_RUN_GROUP": group, **os.environ},
-                stdin=subprocess.DEVNULL,  # nobody answers the questions of a sweep
-                start_new_session=True,  # Ctrl-C reaches a job once, through us
-            )
-            for number in received:  # while the process started
-                process.send_signal(number)
-            code = process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what a job leaves behind would hold its device
-        return code, received
+        print(help_text(program, inspect.getdoc(module) or "", CONF))
+        return
+    sys.argv = [sys.argv[0], *flags, *overrides]  # where Hydra reads it
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
+    with choices_listed():
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=program)(job)()
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0]
+def _checked(program: str, function: Main, config: DictConfig) -> int | None:
+    check_config(program, config, HydraConfig.get().overrides.task)
+    return function(config)
+
+
+def _top1(config: DictConfig) -> float | None:
+    from repghost.run import folder_of, top1
+
+    return top1(folder_of(config))

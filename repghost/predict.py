@@ -36,7 +36,7 @@ from repghost.files import read_class_names
 from repghost.images import EXTENSIONS, image_files, is_url, read_image
 from repghost.options import PATH, WHOLE, NetworkOptions, one_of, open_network, option, parse
 from repghost.reference import class_words
-from repghost.reparameterize import reparameterize
+from repghost.reparameterization import reparameterize
 from repghost.run import class_names_of
 
 READERS = min(4, os.cpu_count() or 1)  # threads that decode; PIL and torch release the interpreter's lock

@@ -112,9 +112,12 @@ def run_on_devices(function: Function, config: DictConfig) -> int:
     trainer = config.trainer
     _, devices = choose_devices(trainer.accelerator, trainer.devices, trainer.num_nodes)
     ranks, accumulate = devices * trainer.num_nodes, trainer.get("accumulate", 1)
-    if trainer.get("batch_size") and (accumulate < 1 or trainer.batch_size % (ranks * accumulate)):
+    if trainer.get("batch_size") and (
+        trainer.batch_size % (ranks * accumulate) or trainer.batch_size < 2 * ranks * accumulate
+    ):
         raise UserError(
             f"batch_size={trainer.batch_size} (global) does not divide by {ranks} device(s) x accumulate={accumulate}"
+            " into batches of two images or more, which BatchNorm needs"
         )
     if ranks > 1 and not external_launcher():
         return _start_ranks(function, config, devices)

@@ -4,6 +4,7 @@ Reading a folder needs OmegaConf only, neither Hydra nor Lightning.
 Check: `pytest tests/test_train.py tests/test_resume.py tests/test_config.py`.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -32,6 +33,7 @@ _MAY_CHANGE = (*WHERE_AND_HOW_FAST, "data.root", "accumulate", "classifier")
 COLOUR = ("recipe.augment.jitter", "recipe.augment.rand_augment")  # one of them is null: see resolve_recipe
 # Part of the name by their values alone.
 _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
+_LONGEST_NAME = 255  # bytes that file systems take
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 
@@ -42,14 +44,12 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     Raises UserError when the folder holds a run of another config, with the first key that differs. A command that was
     refused, or died before it saved anything, is no run: what it wrote is replaced.
     """
-    require_numbers(config)
     resolve_recipe(config)
     config.name = config.name or run_name(config)
     directory = folder_of(config)
     # Reported last where they differ: the user set the keys that they come from.
     derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
-    require_values(config)
     written = directory / "config.yaml"
     begun = is_finished(directory) or any((directory / "checkpoints").glob("*.ckpt"))
     if begun and written.exists():
@@ -95,8 +95,6 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    if (config.run is None) == (config.weights is None):
-        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
     if config.run is not None:
         named = {_key_of(override) for override in HydraConfig.get().overrides.task}
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
@@ -120,13 +118,6 @@ def require_values(config: DictConfig) -> None:
     """Raises UserError for a key that was left open (???)."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")
-
-
-def require_numbers(config: DictConfig) -> None:
-    """Raises UserError for a word where a number belongs."""
-    for key in ("width", "epochs", "batch_size", "image_size", "seed", "accumulate"):
-        if not isinstance(config[key], int) and not (key == "width" and isinstance(config[key], float)):
-            raise UserError(f"{key}={config[key]}: a {'' if key == 'width' else 'whole '}number is needed")
 
 
 def is_finished(directory: Path) -> bool:
@@ -183,14 +174,20 @@ def run_name(config: DictConfig) -> str:
 
     hydra_config: Any = HydraConfig.get()
     root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
-    width = f"{config.width:g}" if isinstance(config.width, int | float) else config.width
-    parts = [Path(root.rstrip("/")).name, str(config.recipe.name), f"w{width}", f"s{config.seed}"]
+    parts = [Path(root).name or "data", str(config.recipe.name), f"w{config.width:g}", f"s{config.seed}"]
     for override in sorted(hydra_config.overrides.task):
         key = _key_of(override)
         if key not in _NAMED_ALREADY and not _starts_with(key, WHERE_AND_HOW_FAST):
             parts.append(f"{key}_{override.partition('=')[2]}")
     # Nothing that a shell or Hydra's command line would take apart.
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part).strip("_") for part in parts)
+    name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+    return name if len(name.encode()) <= _LONGEST_NAME else _shortened(name)
+
+
+def _shortened(name: str) -> str:
+    """The first part of a name and a digest of all of it."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def write_class_names(directory: Path, names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 from test_structure import LIBRARY, PROGRAMS, imported, tree
 
-import repghost
 from repghost.__main__ import COMMANDS, run
 from repghost.errors import run_command, user_message
 from repghost.extras import EXTRAS, how_to_install
@@ -73,20 +71,11 @@ def test_a_command_ends_with_its_own_exit_code(tmp_path: Path) -> None:
         assert call(*arguments).returncode == 2
 
 
-def test_the_names_of_the_package_are_the_functions_whatever_was_imported_before() -> None:
-    import_module("repghost.reparameterize")
-    for name in repghost.__all__:
-        assert getattr(repghost, name).__class__.__name__ != "module"
-    assert repghost.reparameterize is sys.modules["repghost.reparameterize"].reparameterize
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = repghost.nothing  # type: ignore[attr-defined]
-
-
 # -- what has to be installed ------------------------------------------------------------------------------------------
 
 
 # Distributions that come with others that pyproject.toml names.
-PART_OF = {"aiohttp", "pydantic", "pytorch-lightning"}
+PART_OF = {"aiohttp", "pytorch-lightning"}
 
 
 def requirements(extra: str) -> set[str]:

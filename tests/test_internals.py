@@ -55,7 +55,7 @@ def test_signals() -> None:
 
 def test_a_checkpoint_s_counters_and_a_profiler_s_actions(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     actions = Actions()
-    monkeypatch.setattr("train.StepProfiler", lambda directory: actions)
+    monkeypatch.setattr("repghost.training.profiler.StepProfiler", lambda directory: actions)
     assert train_tiny("name=a", "epochs=1", "profile=true") == 0
     for end in STAGE_OF_ACTION:
         assert any(name.endswith(end) for name in actions.names), f"Lightning names no action ...{end} any more"

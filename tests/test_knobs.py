@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_evaluation import random_network
 
-import train
 from repghost.run import WHERE_AND_HOW_FAST, flat
 
 Program = Callable[..., int]
@@ -147,7 +146,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         if arguments not in done:
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(train, "evaluate_run", lambda *_: None)
+                patched.setattr("repghost.evaluation.evaluate_run", lambda *_: None)
                 train_in(folder, f"data.root={shards}", "name=x", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
@@ -183,7 +182,7 @@ def build(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
         built.append((trainer, classifier, datamodule))
 
     monkeypatch.setattr(pl.Trainer, "fit", fit)
-    monkeypatch.setattr(train, "evaluate_run", lambda *_: None)
+    monkeypatch.setattr("repghost.evaluation.evaluate_run", lambda *_: None)
     threads = torch.get_num_threads()
 
     def program(*arguments: str) -> Built:

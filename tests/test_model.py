@@ -8,7 +8,7 @@ from helpers import photographs, randomize_batchnorm
 
 from repghost.errors import UserError
 from repghost.model import WIDTHS, RepGhostModule, count_macs, count_parameters, repghostnet
-from repghost.reparameterize import reparameterize
+from repghost.reparameterization import reparameterize
 
 # Parameters in training form, millions of multiply-accumulates at 224 pixels.
 PUBLISHED = {

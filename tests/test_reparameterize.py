@@ -7,7 +7,7 @@ from helpers import photographs, randomize_batchnorm
 from torch import nn
 
 from repghost.model import WIDTHS, RepGhostNet, count_macs, count_parameters, repghostnet
-from repghost.reparameterize import reparameterize
+from repghost.reparameterization import reparameterize
 
 
 def trained(width: float = 0.5, seed: int = 0, **options) -> RepGhostNet:

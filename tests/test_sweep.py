@@ -53,26 +53,28 @@ def files(folder: Path) -> set[str]:
 def test_a_sweep_of_two_ranks_with_a_job_that_fails(shards: Path, tmp_path: Path) -> None:
     # A job starts its own ranks, and the first one fails; its name has the values as they were given.
     arguments = ("trainer.devices=2", "epochs=1", "recipe.learning_rate=2e-1", "logger=wandb", "logger.offline=true")
-    first = sweep(tmp_path, shards, *arguments, "width=0,0.1")
+    first = sweep(tmp_path, shards, *arguments, "batch_size=64,8")
     assert first.returncode == 1, first.stdout + first.stderr
     printed = first.stdout
-    assert printed.index("[1/2] width=0\n") < printed.index("[2/2] width=0.1\n") < printed.index("on 2 device(s)")
-    assert first.stderr.count("error: width=0: ") == 1
-    assert printed.endswith("\n1 failed:\n[1/2] width=0: exit code 2\n")
+    assert (
+        printed.index("[1/2] batch_size=64\n") < printed.index("[2/2] batch_size=8\n") < printed.index("on 2 device(s)")
+    )
+    assert first.stderr.count("error: batch_size=64 is larger than the 45 training images") == 1
+    assert printed.endswith("\n1 failed:\n[1/2] batch_size=64: exit code 2\n")
     runs = sorted(path for path in (tmp_path / "outputs").iterdir() if path.name != ".sweep")
-    assert [path.name.split("-")[2] for path in runs] == ["w0", "w0.1"]
+    assert [path.name.split("-")[4] for path in runs] == ["batch_size_64", "batch_size_8"]
     assert runs[1].name.endswith("-recipe.learning_rate_2e_1-recipe.warmup_epochs_1")
     assert json.loads((runs[1] / "evaluation.json").read_text())["images"] == 15
     assert not (runs[0] / "checkpoints").exists()
     (log,) = runs[1].glob("wandb/offline-run-*/*.wandb")
-    assert b"sweep-width" in log.read_bytes(), "the group"
+    assert b"sweep-batch_size" in log.read_bytes(), "the group"
     assert f"| {runs[1].name} | 0.1 | ema, last | 15 |" in printed and f"| {runs[0].name} |" not in printed
     assert files(tmp_path / "outputs" / ".sweep") == {"multirun.yaml"}
     assert {path.name for path in tmp_path.iterdir()} == {"outputs", "results"}
 
     # Again: what is finished is passed over.
     evaluation = (runs[1] / "evaluation.json").stat()
-    again = sweep(tmp_path, shards, *arguments, "width=0.1")
+    again = sweep(tmp_path, shards, *arguments, "batch_size=8")
     assert again.returncode == 0 and f"{runs[1].name} is finished" in again.stdout
     assert "epoch " not in again.stdout and f"| {runs[1].name} | 0.1 | ema, last | 15 |" in again.stdout
     assert (runs[1] / "evaluation.json").stat().st_mtime_ns == evaluation.st_mtime_ns
@@ -109,6 +111,8 @@ def test_mistakes_end_before_the_first_job(
         return err
 
     assert "wdith" in error("wdith=0.1,0.2")
+    assert "width=0: give a number above 0" in error("width=0.1,0")
+    assert "recipe=best: give one of finetune, paper, quick" in error("recipe=quick,best")
     assert "outputs/same" in error("width=0.1,0.2", "name=same")
     assert "'name=NAME-${trainer.devices}'" in error("trainer.devices=1,2")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -14,7 +14,6 @@ from runs import PowerCut, cut_after
 from test_classifier import classifier_of
 from torch._dynamo.utils import counters
 
-import train
 from benchmarks import train_step
 from repghost.dataset import Batch
 from repghost.errors import UserError
@@ -47,7 +46,7 @@ def trained(steps: int, **options: object) -> ImageClassifier:
 def test_the_step_is_one_graph_and_compiled_once(monkeypatch: pytest.MonkeyPatch, train_tiny: Program) -> None:
     # Graphs are those of every backend; this one does without a compiler, which this machine may not have.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(train, "compiles", lambda wanted, device: wanted)
+    monkeypatch.setattr("repghost.training.trainer.compiles", lambda wanted, device: wanted)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):

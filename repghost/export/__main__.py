@@ -31,7 +31,7 @@ from repghost.files import TEMPORARY
 from repghost.images import Preprocessing, calibration_images, sample_images
 from repghost.model import RepGhostNet
 from repghost.options import PATH, SWITCH, WHOLE, NetworkOptions, Values, one_of, open_network, option, parse
-from repghost.reparameterize import reparameterize
+from repghost.reparameterization import reparameterize
 from repghost.weights import save_weights
 
 CHECKED = 16  # images that an export is compared on

@@ -22,7 +22,6 @@ from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
 from repghost.training.ema import WeightAverage, ema_decay
 from repghost.training.internals import copy_all
-from repghost.training.recipe import require_possible
 from repghost.training.schedule import epoch_learning_rate
 from repghost.training.trainer import compile_step, compiles
 
@@ -30,7 +29,7 @@ from repghost.training.trainer import compile_step, compiles
 class ImageClassifier(pl.LightningModule):
     """Trains `model` by a recipe; `ema.model` is its average, `history` the rows of metrics.csv.
 
-    recipe: the `recipe` block of a run's config, see `Recipe`. batch_size: global. compile: the training step, see
+    recipe: the `recipe` block of a run's config. batch_size: global. compile: the training step, see
     `repghost.training.trainer.compiles`. freeze_epochs: epochs in which only the last layer learns.
     """
 
@@ -48,7 +47,6 @@ class ImageClassifier(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        require_possible(recipe)
         self._recipe, self._epochs, self._batch_size, self._seed = recipe, epochs, batch_size, seed
         self._freeze_epochs, self._compile, self._smoothing = freeze_epochs, compile, float(recipe["label_smoothing"])
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model

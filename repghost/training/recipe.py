@@ -1,9 +1,8 @@
-"""A recipe: which values it may have, how far a run is from the paper's, and what a run prints of it at its start.
+"""A recipe: how far a run is from the paper's, and what a run prints of it at its start.
 
 Check: `pytest tests/test_recipe.py tests/test_classifier.py`.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,13 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
 from repghost.dataset import DataModule
-from repghost.errors import UserError, print_rank_zero
+from repghost.errors import print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat, resolve_recipe
 from repghost.training.schedule import linear_scale
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
-
-
-# Where values of `recipe` have to be.
-_POSSIBLE: dict[str, tuple[str, Callable[[float], bool]]] = {
-    **dict.fromkeys(("momentum", "label_smoothing", "ema_decay"), ("[0, 1)", lambda value: 0 <= value < 1)),
-    **dict.fromkeys(("learning_rate", "ema_span"), ("(0, inf)", lambda value: value > 0)),
-    "weight_decay": ("[0, inf)", lambda value: value >= 0),
-}
-
-
-def require_possible(recipe: Mapping[str, Any]) -> None:
-    """Raises UserError for an impossible value in the `recipe` block of a run's config, by its key."""
-    if (recipe["ema_decay"] is None) == (recipe["ema_span"] is None):
-        raise UserError("recipe.ema_decay, recipe.ema_span: give one, and null for the other")
-    for key, (interval, holds) in _POSSIBLE.items():
-        if recipe[key] is not None and not holds(recipe[key]):
-            raise UserError(f"recipe.{key}={recipe[key]} is not in {interval}")
 
 
 def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> list[str]:

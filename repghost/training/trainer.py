@@ -54,8 +54,6 @@ def make_trainer(
     pl.Trainer, such as its callbacks.
     """
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
-    if epochs is not None and epochs < 1:
-        raise UserError(f"epochs={epochs}: a run has at least one")
     _set_up_process(accelerator, threads)
     return pl.Trainer(
         accelerator=accelerator,

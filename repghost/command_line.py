@@ -1,0 +1,133 @@
+"""The command line of train.py and evaluate.py, before Hydra reads it.
+
+Paths and names are what was typed: Hydra's grammar, to which `(`, `=`, `~` or an umlaut mean something, gets them in
+quotes. A value in quotes is Hydra's own string, null is none, and ${...} is an interpolation, as everywhere in Hydra. A
+key that does not exist, and a value that Hydra could not read, end in one line before anything is composed.
+Check: `pytest tests/test_schema.py -k command_line`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from repghost.errors import UserError
+from repghost.schema.check import Key, check_values, keys, shown, unknown_key
+
+CONF = Path(__file__).parents[1] / "conf"
+
+_OVERRIDE = re.compile(r"(\+{0,2})([^+~=@][^=@]*)=(.*)", re.DOTALL)  # prefix, key, value
+_COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
+
+
+def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags and the overrides, as Hydra takes them. Raises UserError for a mistake in either."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, too
+    found = parser.parse_intermixed_args(arguments)
+    flags = [argument for argument in arguments if argument not in found.overrides]
+    sweeping = found.multirun or any(o.lower() == "hydra.mode=multirun" for o in found.overrides)
+    return flags, [read_override(override, keys(program), sweeping) for override in found.overrides]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{shown(message)}; --help and --hydra-help list what there is")
+
+
+def read_override(argument: str, known: Mapping[str, Key], sweeping: bool) -> str:
+    """One override as Hydra takes it. Raises UserError for one that Hydra cannot read, or whose key does not exist."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{shown(argument)}: not UTF-8, rename it") from None
+    if match := _OVERRIDE.fullmatch(argument):
+        prefix, name, value = match.groups()
+        if name in known and known[name].format:
+            argument = f"{prefix}{name}={_as_typed(value, known[name].format == 'path', sweeping)}"
+        elif not (prefix or name in known or _is_open(name, known) or name.startswith("hydra") or "/" in name):
+            raise UserError(unknown_key(shown(argument), name, known))
+    elif "=" not in argument and not argument.startswith("~"):
+        raise UserError(f"{shown(argument)}: neither KEY=VALUE nor a flag; --help lists all keys")
+    override = _parse(argument)
+    if override is None:
+        quoted = f"\"{argument.partition('=')[0]}='...'\""
+        raise UserError(
+            f"{shown(argument)}: close brackets and quotes, or put what is meant as text in quotes, {quoted}"
+        )
+    if override.is_sweep_override() and not sweeping:
+        raise UserError(f"{shown(argument)}: several values are a sweep: give -m, too; a list is KEY=[A,B]")
+    return argument
+
+
+def _is_open(name: str, known: Mapping[str, Key]) -> bool:
+    return any(name.startswith(f"{part}.") for part, key in known.items() if key.is_open)
+
+
+def _as_typed(value: str, is_path: bool, sweeping: bool) -> str:
+    """`value` of a path or name so that Hydra takes it for text; in a sweep each of several."""
+    override = _parse(f"x={value}")
+    several = _COMMA.split(value)
+    if sweeping and override is not None and override.is_sweep_override():
+        choice = override.value()
+        simple = isinstance(choice, ChoiceSweep) and choice.simple_form
+        if not simple or any(isinstance(each, QuotedString) for each in choice.list):  # type: ignore[union-attr]
+            return value
+        return ",".join(_as_typed(each, is_path, sweeping=False) for each in several)
+    if sweeping and override is None and len(several) > 1:
+        return ",".join(_as_typed(each, is_path, sweeping=False) for each in several)
+    if override is not None and not override.is_sweep_override():
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if value == "null" or (isinstance(override.value(), str) and (quoted or override.value() == value)):
+            return value
+    text = os.path.expanduser(value) if is_path else value
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _parse(argument: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except (HydraException, ValueError):  # a number of more digits than Python reads is a ValueError
+        return None
+
+
+def compose_config(program: str, overrides: Sequence[str]) -> DictConfig:
+    """The config of `program`, checked, for other commands that take its overrides. Raises UserError for a mistake."""
+    taken = [read_override(override, keys(program), sweeping=False) for override in overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"), choices_listed():
+        config = compose(program, taken)
+    check_config(program, config, taken)
+    return config
+
+
+@contextmanager
+def choices_listed() -> Iterator[None]:
+    """For Hydra's error about GROUP=CHOICE without a file in conf/ a UserError with the choices that there are."""
+    try:
+        yield
+    except MissingConfigException as error:
+        if not error.options:
+            raise
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        raise UserError(f"{group}={shown(choice)}: give one of {', '.join(error.options)}") from None
+
+
+def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError for the first value of a composed config that cannot be meant, or that a training lacks."""
+    if "hydra" in config:  # Hydra's own, as in a sweep
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    check_values(program, {str(key): value for key, value in values.items()}, given)
+    # An evaluation may take from its run what is missing here.
+    if program == "train" and (missing := sorted(OmegaConf.missing_keys(config))):
+        raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")

@@ -1,0 +1,325 @@
+"""Every key refuses what cannot be meant, in one line that names it; paths and names are what was typed; --help.
+
+The keys, and wrong values for each, come from the schema itself, so that a new key is tested, too.
+"""
+
+import copy
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from data.rand_augment import MAX_OPERATIONS
+from repghost.command_line import CONF, compose_config, read_command_line, read_override
+from repghost.errors import UserError
+from repghost.reference import PUBLISHED
+from repghost.reports import REPORTS
+from repghost.run import SELECTIONS, flat
+from repghost.schema.check import PROGRAMS, check_values, keys
+from repghost.schema.help import help_text
+from repghost.training.trainer import PRECISIONS
+
+ROOT = Path(__file__).parents[1]
+NEEDED = {"train": ["data.root=x"], "evaluate": ["data.root=x", "weights=timm"]}
+
+
+def composed(program: str, *overrides: str) -> Any:
+    return compose_config(program, [*NEEDED[program], *overrides])
+
+
+def refused(program: str, *overrides: str) -> str:
+    """The line that refuses a command."""
+    with pytest.raises(UserError) as error:
+        composed(program, *overrides)
+    assert str(error.value).isprintable(), "one line"
+    return str(error.value)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+JUNK = {"nonsense", "{a:1}", "", "[]", "[[1]]", "[1,x]", "nan", "-inf", "1e999"}
+
+
+def entries(program: str) -> dict[str, dict[str, Any]]:
+    """The JSON schema of every key that can be given."""
+    schema = PROGRAMS[program].model_json_schema()
+
+    def walk(part: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, entry in part["properties"].items():
+            reference = next((v["$ref"] for v in entry.get("anyOf", [entry]) if "$ref" in v), None)
+            if reference:
+                yield from walk(schema["$defs"][reference.rpartition("/")[2]], f"{prefix}{name}.")
+            elif entry.get("description"):
+                yield prefix + name, entry
+
+    return dict(walk(schema, ""))
+
+
+def outside(numbers: dict[str, Any]) -> set[str]:
+    """Numbers that the JSON schema of a number excludes."""
+    found = {str(numbers.get("exclusiveMinimum", numbers.get("minimum", 1) - 1)), "-1"}
+    if "maximum" in numbers or "exclusiveMaximum" in numbers:
+        found |= {str(numbers.get("exclusiveMaximum", numbers.get("maximum", 0) + 1)), "9" * 30}
+    return found | ({"1.5", "'1'", "true"} if numbers["type"] == "integer" else {"'1'", "true"})
+
+
+def wrong_values(entry: dict[str, Any]) -> set[str]:
+    """Values of another type, out of the range or among no choices, for one key."""
+    variants = {variant.get("type"): variant for variant in entry.get("anyOf", [entry])}
+    if any("format" in variant for variant in variants.values()):
+        return {""}  # anything else is text, as it was typed
+    wrong = JUNK if "null" in variants else JUNK | {"null"}
+    for kind, variant in variants.items():
+        if kind in ("integer", "number"):
+            wrong = wrong | outside(variant)
+        elif "shape" in variant:
+            fit = [str(variant["items"].get("maximum", 1))] * variant["minItems"]
+            lists = [[value, *fit[1:]] for value in outside(variant["items"])] + [[*fit, fit[0]], fit[1:]]
+            wrong = wrong | {f"[{','.join(values)}]" for values in lists} | {"1", "true"}
+            wrong = wrong | ({"[0.9,0.1]"} if len(fit) == 2 else set())
+        elif kind != "null" and not {"integer", "number"} & variants.keys():
+            wrong = wrong | {"1", "0.5"}
+    return wrong
+
+
+TRIED = {
+    (program, key, value)
+    for program in PROGRAMS
+    for key, entry in entries(program).items()
+    for value in wrong_values(entry)
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_key_refuses_what_cannot_be_meant(program: str) -> None:
+    known, parser = keys(program), OverridesParser.create()
+    loggers = ("csv", "wandb", "tensorboard") if program == "train" else ()
+    contents = {name: OmegaConf.to_container(composed(program, f"logger={name}"), resolve=True) for name in loggers}
+    contents[""] = OmegaConf.to_container(composed(program), resolve=True)
+    for _, key, value in sorted(row for row in TRIED if row[0] == program):
+        logger = re.match("logger=([a-z]*)", known[key].sentence)
+        part = values = copy.deepcopy(contents[logger[1] if logger else ""])
+        *parts, last = key.split(".")
+        for name in parts:
+            part = part[name]
+        part[last] = parser.parse_override(read_override(f"{key}={value}", known, sweeping=False)).value()
+        try:
+            check_values(program, values, [key])
+        except UserError as error:
+            line = str(error)
+            assert line.startswith(f"{key}=") and line.endswith(known[key].words) and line.isprintable(), line
+        else:
+            pytest.fail(f"{key}={value} is taken")
+
+
+def test_the_table_is_as_long_as_the_schema() -> None:
+    assert len({row[:2] for row in TRIED}) == sum(len(entries(program)) for program in PROGRAMS)
+    assert len(TRIED) > 900
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_schema_and_conf_have_the_same_keys(program: str) -> None:
+    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program == "train" else [[]]
+    configs = [composed(program, *choice) for choice in choices]
+    in_conf = {key for config in configs for key in flat(OmegaConf.to_container(config, resolve=False))}
+    parts = {key for key, entry in keys(program).items() if entry.is_part}
+    assert in_conf - parts == keys(program).keys() - parts
+    for key, entry in keys(program).items():
+        value = OmegaConf.to_container(configs[0]).get(key.partition(".")[0])
+        for step in key.split(".")[1:]:
+            value = value.get(step) if isinstance(value, dict) else None
+        assert (f"${{{entry.follows}}}" == value) if entry.follows else not str(value).startswith("${"), key
+
+
+def test_choices_of_the_schema_are_those_of_the_code() -> None:
+    found = {key: re.findall(r"[a-z0-9_]+", entry.words) for key, entry in keys("evaluate").items()}
+    assert set(found["test_set"]) - {"one", "of", "null"} == PUBLISHED.keys()
+    assert set(found["selection"]) - {"or"} == set(SELECTIONS)
+    assert set(found["report"]) - {"one", "of", "null"} == set(REPORTS)
+    assert set(found["precision"]) - {"one", "of"} == {"auto", *PRECISIONS}
+    assert keys("train")["recipe.augment.rand_augment.operations"].words.endswith(f"to {MAX_OPERATIONS}")
+
+
+ACCEPTED = [
+    ["width=1", "recipe.learning_rate=1", "recipe.scale=[1,1]", "seed=4294967295", "compile=true", "data.workers=0"],
+    ["recipe.augment.jitter=null", "recipe.augment.erase=null", "recipe.ema_decay=null", "recipe.ema_span=1"],
+    ["epochs=1"],  # fewer than the warm-up of the recipe
+    ["logger=wandb", "+logger.entity=me", "+logger.settings.mode=offline", "logger.group=7"],
+    ["recipe=finetune", "weights=timm"],
+    ["data=digits", "logger=tensorboard"],
+    ["name=x-${width}-${seed}"],
+]
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED, ids=lambda overrides: overrides[0])
+def test_what_can_be_meant_is_taken(overrides: list[str]) -> None:
+    composed("train", *overrides)
+
+
+TOGETHER = [
+    (["epochs=3", "recipe.warmup_epochs=4"], "recipe.warmup_epochs=4: give at most epochs=3"),
+    (["epochs=3", "freeze_epochs=4"], "freeze_epochs=4: give at most epochs=3"),
+    (["recipe.ema_span=0.1"], "recipe.ema_decay=0.9999, recipe.ema_span=0.1: give one, and null for the other"),
+    (["recipe.ema_decay=null"], "recipe.ema_decay=null, recipe.ema_span=null: give one, and null for the other"),
+    (["batch_size=4", "accumulate=3"], "accumulate=3: leaves less than two images of batch_size=4"),
+    (["model.width=2"], "model.width has the value of width: give width=VALUE"),
+    (["data.batch_size=8"], "data.batch_size has the value of batch_size: give batch_size=VALUE"),
+    (["classifier.compile=true"], "classifier.compile has the value of compile"),
+    (["data._target_=foo.bar"], "data._target_=foo.bar: not a class or function that can be imported"),
+    (["model._target_=repghost.model.WIDTHS"], "model._target_=repghost.model.WIDTHS: not a class"),
+    (["recipe.augment=null"], "recipe.augment=null: give recipe.augment.KEY=VALUE"),
+    (["recipe.augment.jitter=3"], "recipe.augment.jitter=3: give null, or recipe.augment.jitter.KEY=VALUE"),
+    (["~data.cache"], "data.cache has no value: give a path"),
+    (["widht=1"], "widht=1: no such key; did you mean width?"),
+    (["workers=1"], "workers=1: no such key; did you mean data.workers?"),
+    (["recipe.lerning_rate=1"], "recipe.lerning_rate=1: no such key; did you mean recipe.learning_rate?"),
+    (["checkpoint.grace_seconds=x"], "checkpoint.grace_seconds=x: no such key"),
+    (["+foo=1"], "foo=1: no such key"),
+    (["+trainer.max_steps=1"], "trainer.max_steps=1: no such key"),
+    (["recipe=best"], "recipe=best: give one of finetune, paper, quick"),
+    (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
+    (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),
+    (["name=.."], "name=..: give the name of a folder"),
+    (["name=a/b"], "name=a/b: give the name of a folder"),
+    ([f"name={'é' * 128}"], f"name={'é' * 128}: give the name of a folder, at most 255 bytes"),
+    (["width=1,2"], "width=1,2: several values are a sweep: give -m, too"),
+    (["width=[1"], "width=[1: close brackets and quotes"),
+    (["seed=" + "1" * 5000], "seed=111"),
+    (["width"], "width: neither KEY=VALUE nor a flag"),
+    (["name=\udce9"], "name=\\udce9: not UTF-8, rename it"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), TOGETHER, ids=lambda value: str(value)[:40])
+def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
+    assert refused("train", *overrides).startswith(message)
+
+
+def test_an_evaluation_is_of_a_run_or_of_weights() -> None:
+    assert refused("evaluate", "run=x").startswith("give either run=outputs/NAME or weights=timm")
+    assert refused("evaluate", "weights=null").startswith("give either")
+    assert refused("evaluate", "epochs=3").startswith("epochs=3: no such key")
+    assert refused("evaluate", "data=digits", "recipe.augment.flip=1").startswith("recipe.augment.flip=1: no such key")
+    assert composed("evaluate", "data=digits", "report=[classes,predictions]").image_size == 32
+
+
+# -- paths and names on the command line -------------------------------------------------------------------------------
+
+ODD = ["a=b", "a,b", "a (1)", "[x]", "{y}", "{0000..0003}.tar", "#x", "it's", 'say "x"', "$x", "a\\b", "a\\", "\\'"]
+ODD += ["\N{LATIN SMALL LETTER U WITH DIAERESIS}ber", "\N{CJK UNIFIED IDEOGRAPH-65E5}", "a\nb", " a ", "a:b", "a;b|c&d"]
+ODD += ["*?", "1", "007", "1e3", "true", "nan", "-1", "~x~", "a b=c,(d]"]
+
+
+def test_paths_are_what_was_typed() -> None:
+    parser = OverridesParser.create()
+    for text in ODD:
+        for program, key in (
+            ("train", "name"),
+            ("train", "data.root"),
+            ("evaluate", "run"),
+            ("evaluate", "real_labels"),
+        ):
+            for sweeping in (False, True) if "," not in text else (False,):
+                override = read_override(f"{key}={text}", keys(program), sweeping)
+                assert parser.parse_override(override).value() == text
+                assert read_override(override, keys(program), sweeping) == override, "a job of a sweep reads it again"
+    everything = "".join(ODD)
+    config = composed("train", f"data.root=/{everything}", f"data.cache={everything}", "output=1", "name=007")
+    assert (config.data.root, config.data.cache, config.output, config.name) == (
+        f"/{everything}",
+        everything,
+        "1",
+        "007",
+    )
+
+
+def test_home_is_expanded_and_hydra_s_own_forms_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ü (x)")
+    assert composed("train", "data.root=~/a,b").data.root == "/home/ü (x)/a,b"
+    assert composed("train", "name=~").name == "~"
+    assert composed("train", "name=null", "data.train=null").data.train is None
+    assert composed("train", "data.root='/a=b'", 'output="c d"').data.root == "/a=b"
+    config = composed("train", "name=x (${width})", "data.root=${oc.env:HOME}/s", "width=0.5")
+    assert (config.name, config.data.root) == ("x (0.5)", "/home/ü (x)/s")
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [
+        ("weights=a,b", "weights=a,b"),
+        ("name=1,2", "name='1','2'"),
+        ("data.root=/a b,/c=d", "data.root=/a b,'/c=d'"),
+        ("data.train={a,b}-(1).tar", "data.train='{a,b}-(1).tar'"),
+        ("name='a,b','c'", "name='a,b','c'"),
+        ("weights=choice(a,b)", "weights=choice(a,b)"),
+        ("name=x-${width}", "name=x-${width}"),
+        ("width=range(1,3)", "width=range(1,3)"),
+    ],
+)
+def test_several_values_of_a_sweep(typed: str, taken: str) -> None:
+    assert read_command_line("train", ["-m", typed]) == (["-m"], [taken])
+
+
+def test_flags_may_stand_anywhere() -> None:
+    arguments = ["width=1", "--cfg", "job", "name=a b=c"]
+    assert read_command_line("train", arguments) == (["--cfg", "job"], ["width=1", "name='a b=c'"])
+    with pytest.raises(UserError, match="unrecognized arguments: --widht; --help and --hydra-help list what there is"):
+        read_command_line("train", ["--widht"])
+
+
+# -- as programs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_explains_every_key_and_choice(program: str) -> None:
+    said = help_text(program, "What it does.", CONF)
+    for key, entry in keys(program).items():
+        if not (entry.is_part or entry.follows or "._" in key):
+            (line,) = re.findall(rf"^  {re.escape(key)}(?:=.*?)?  .*", said, re.MULTILINE)
+            assert entry.sentence and line.endswith(f"{entry.sentence} ({entry.words})")
+    for file in CONF.glob("*/*.yaml"):
+        fits = "test_set:" not in file.read_text() or program == "evaluate"
+        assert (f"  {file.parent.name}={file.stem} " in said) == (fits and file.parent.name in keys(program))
+    assert "recipe=paper" not in said or re.search(r"recipe=paper .*\(default\)$", said, re.MULTILINE)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # whoever imports it fails
+program, *arguments = sys.argv[1:]
+for argument in arguments:
+    sys.argv = [program, argument]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_nothing_heavy_is_imported_before_the_command_is_understood(program: str) -> None:
+    mistakes = ["widht=1", "width=many", "data=nothing", "--nothing"]
+    arguments = [sys.executable, "-c", WITHOUT_TORCH, program, "--help", *mistakes]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: python {program}"), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 8 and lines[1::2] == ["2"] * 4
+    assert all(
+        line.startswith("error: ") and mistake in line for line, mistake in zip(lines[::2], mistakes, strict=True)
+    )
+
+
+def test_the_package_names_its_parts_when_they_are_asked_for() -> None:
+    import repghost.reparameterization
+
+    for name in repghost.__all__:
+        assert getattr(repghost, name) is not None
+    assert repghost.reparameterize is repghost.reparameterization.reparameterize
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = repghost.nothing
