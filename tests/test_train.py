@@ -229,9 +229,13 @@ def test_an_evaluation_takes_the_normalization_of_the_run(
 ) -> None:
     assert train_tiny("name=a", "epochs=1", "recipe.augment.mean=[0.1,0.2,0.3]", "recipe.augment.std=[1,1,1]") == 0
     losses = [json.loads(Path("outputs/a/evaluation.json").read_text())["loss"]]
-    for options in ((), ("data=imagenet", f"data.root={shards}"), ("data.augment.std=[0.01,0.01,0.01]",)):
+    for name, options in (
+        ("evaluation.json", ()),
+        ("evaluation.json", ("data=imagenet", f"data.root={shards}")),
+        ("evaluation_std_0.01_0.01_0.01.json", ("data.augment.std=[0.01,0.01,0.01]",)),
+    ):
         assert evaluate_with("run=outputs/a", "trainer=cpu", "data.workers=0", *options) == 0
-        losses.append(json.loads(Path("outputs/a/evaluation.json").read_text())["loss"])
+        losses.append(json.loads(Path("outputs/a", name).read_text())["loss"])
     trained, same, named, other = losses
     assert same == pytest.approx(trained, rel=1e-6) and named == pytest.approx(trained, rel=1e-6)
     assert other != pytest.approx(trained, rel=1e-5)
