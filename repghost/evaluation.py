@@ -22,10 +22,11 @@ from repghost.model import RepGhostNet, count_macs, count_parameters, repghostne
 from repghost.outcome import append_row, changes, interval, is_recorded, reports_folder, table, write_evaluation
 from repghost.reference import published_accuracy, synsets
 from repghost.reparameterize import reparameterize
-from repghost.reports import Predictions, report_names, write_reports
+from repghost.reports import PICTURES, Predictions, report_names, write_reports
 from repghost.run import SELECTIONS, load_run
 from repghost.run_data import recorded_data
 from repghost.test_sets import LabelMap, label_map
+from repghost.training.loggers import GuardedLogger
 from repghost.weights import load_model, read_description, save_weights
 
 
@@ -194,8 +195,12 @@ def evaluate(
 
 
 def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
+    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results.
+
+    The loggers of `trainer` get the pictures of the last epoch's, and are closed.
+    """
     evaluations: dict[str, dict[str, Any]] = {}
+    pictures = PICTURES if trainer.loggers else ()
     for selection in SELECTIONS:
         subject = subject_of_run(directory, selection)
         if selection == "last" and trainer.is_global_zero:
@@ -205,7 +210,8 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
         if selection != "last" and subject.epoch == evaluations["last"]["epoch"]:  # the same weights
             evaluations[selection] = evaluations["last"] | {"selection": selection}
         else:
-            evaluations[selection] = evaluate(subject, trainer, data, config)
+            reports = pictures if selection == "last" else ()
+            evaluations[selection] = evaluate(subject, trainer, data, config, reports=reports)
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):
@@ -215,6 +221,9 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
                 write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():
         print_rank_zero(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
+    for logger in trainer.loggers:
+        if isinstance(logger, GuardedLogger):
+            logger.close([directory / f"{name}.png" for name in pictures])
     trainer.strategy.barrier()
 
 

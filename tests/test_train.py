@@ -110,7 +110,10 @@ def test_loggers_write_beside_metrics_csv(train_tiny: Program, monkeypatch: pyte
     assert train_tiny("epochs=1", "name=a", "logger=wandb", "logger.offline=true") == 0
     assert list(Path("outputs/a/wandb").glob("offline-run-*/*.wandb"))
     assert train_tiny("epochs=1", "name=b", "logger=tensorboard") == 0
-    assert list(Path("outputs/b").rglob("events.out.tfevents.*"))
+    (events,) = {path.parent for path in Path("outputs/b").rglob("events.out.tfevents.*")}
+    for path in (*events.glob("events*"), *Path("outputs/a/wandb").glob("offline-run-*/*.wandb")):
+        assert all(name in path.read_bytes() for name in (b"confusion", b"worst", b"ema_top1")), path
+    assert {path.name for path in Path("outputs/a").glob("*.png")} == {"confusion.png", "worst.png", "curve.png"}
     assert (Path("outputs/a/metrics.csv").read_text()) == Path("outputs/b/metrics.csv").read_text()
 
 
