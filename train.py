@@ -37,7 +37,7 @@ def train(config: DictConfig) -> None:
 
     from repghost.evaluation import evaluate_run
     from repghost.reference import reference_curve
-    from repghost.run import folder_of, write_class_names
+    from repghost.run import folder_of, keep_data
     from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
     from repghost.training.loggers import RunFiles, SpeedBar, make_logger
     from repghost.training.profiler import StepProfiler
@@ -59,7 +59,7 @@ def train(config: DictConfig) -> None:
     with checkpoints.signals:
         data = instantiate(config.data)
         data.setup("fit")
-        write_class_names(directory, data.index("train").classes)
+        keep_data(directory, data)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
         model = instantiate(config.model, num_classes=data.num_classes)
         if config.weights:

@@ -81,6 +81,14 @@ class ImageNetData(DataModule):
         """The index of a split that was loaded."""
         return self._indexes[split]
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {split: index.fingerprint for split, index in self._indexes.items()}
+
+    def images(self, split: str, rows: Sequence[int]) -> Tensor:
+        crops = CroppedBatches(self._center_crops(split, RankSampler(len(self.index(split)), batch_size=1)))
+        return torch.cat([crops[0, row][0].images for row in rows])
+
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> TorchLoader | DaliLoader:
@@ -169,7 +177,7 @@ class ImageNetTraining(ImageNetData):
         return images // self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        return {split: index.fingerprint for split, index in self._indexes.items()}
+        return self.fingerprints
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for split, fingerprint in state_dict.items():

@@ -32,12 +32,25 @@ class SplitIndex(Protocol):
     def keys(self) -> Sequence[str]:
         """The key of every image: its member name without extension."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the images and the class names: tells data sets apart, wherever they lie."""
+
 
 class DataModule(pl.LightningDataModule):
     """Feeds batches of `Batch` to a Trainer and knows what its splits hold."""
 
     def index(self, split: str) -> SplitIndex:
         """The index of a split: "train" or "val"."""
+        raise NotImplementedError
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """That of every split which was loaded."""
+        raise NotImplementedError
+
+    def images(self, split: str, rows: Sequence[int]) -> Tensor:
+        """uint8 [N, 3, S, S]: the images in these rows of a split's index, cropped as in evaluation; black if bad."""
         raise NotImplementedError
 
     @property

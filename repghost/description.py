@@ -1,7 +1,8 @@
 """What a model file says of itself: the network, the images that it takes, its classes and the data it learned from.
 
 Every file of weights that this project writes carries a `Description`, so that the file alone is enough to evaluate it
-as it was trained. Fields are None where nobody knows, as with files of strangers. Check: `pytest tests/test_weights.py`.
+as it was trained. Fields are None where nobody knows, as with files of strangers.
+Check: `pytest tests/test_weights.py`.
 """
 
 import json

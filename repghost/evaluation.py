@@ -1,12 +1,10 @@
 """Top-1, Top-5 and loss of a network and of its fused form over the validation images, and how far the two differ.
 
-Every image counts once on any number of devices: sums are reduced, never means. Intervals are Wilson's for a binomial
-share (Wilson 1927, JASA 22), at 95%. `evaluate` serves train.py and evaluate.py; what it returns is the content of
-evaluation.json. Check: `pytest tests/test_evaluation.py`.
+Every image counts once on any number of devices: sums are reduced, never means. `evaluate` serves train.py and
+evaluate.py; what it returns is the content of evaluation.json. Check: `pytest tests/test_evaluation.py`.
 """
 
-import json
-import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +17,17 @@ from torch import Tensor, nn
 
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError, print_rank_zero
-from repghost.files import write_text
 from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
-from repghost.reference import published_accuracy
+from repghost.outcome import append_row, changes, interval, is_recorded, reports_folder, table, write_evaluation
+from repghost.reference import published_accuracy, synsets
 from repghost.reparameterization import reparameterize
-from repghost.reports import Predictions, report_names, write_reports
-from repghost.results import append_result
-from repghost.run import SELECTIONS, data_name, load_run
+from repghost.reports import PICTURES, Predictions, report_names, write_reports
+from repghost.run import SELECTIONS, load_run
+from repghost.run_data import recorded_data
 from repghost.test_sets import LabelMap, label_map
-from repghost.weights import load_model, save_weights
-
-_Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
+from repghost.training.loggers import GuardedLogger
+from repghost.weights import load_model, read_description, save_weights
 
 
 class Evaluation(pl.LightningModule):
@@ -53,7 +50,7 @@ class Evaluation(pl.LightningModule):
         self._sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)  # trained form, fused
         self._flips = torch.zeros((), dtype=torch.int64, device=self.device)
         self._extremes = torch.zeros(2, device=self.device)  # largest difference, largest logit
-        self._batches: list[Predictions] = []
+        self._batches: list[tuple[Tensor, ...]] = []  # the columns of Predictions
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, labels, positions, _ = batch
@@ -68,7 +65,7 @@ class Evaluation(pl.LightningModule):
         self._extremes = torch.maximum(self._extremes, extremes)
         if self._keep_predictions:
             probabilities, top = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
-            self._batches.append(Predictions(positions, labels, top, probabilities))
+            self._batches.append((positions, labels, top, probabilities))
 
     def on_validation_epoch_end(self) -> None:
         reduce = self.trainer.strategy.reduce
@@ -78,7 +75,7 @@ class Evaluation(pl.LightningModule):
             columns = [self._from_all_ranks(torch.cat(parts)) for parts in zip(*self._batches, strict=True)]
             order = columns[0].argsort()  # that of the index
             order = order[columns[1][order] >= 0]  # without padding
-            self.predictions = Predictions(*(column[order].cpu() for column in columns))
+            self.predictions = Predictions(*(column[order].cpu().numpy() for column in columns))
 
     def _from_all_ranks(self, rows: Tensor) -> Tensor:
         """[N, ...] of every rank as [N * ranks, ...]; all ranks have the same N, padding included."""
@@ -105,20 +102,13 @@ def _figures(of: Scores) -> dict[str, Any]:
     return {"top1": of.top1, "top5": of.top5, "loss": of.loss, **intervals}
 
 
-def interval(percent: float, images: int) -> list[float]:
-    """Wilson's 95% interval of an accuracy, in percent: [low, high]."""
-    share, spread = percent / 100, _Z**2 / images
-    middle = (share + spread / 2) / (1 + spread)
-    half = _Z / (1 + spread) * math.sqrt(share * (1 - share) / images + spread / (4 * images))
-    return [100 * max(0.0, middle - half), 100 * min(1.0, middle + half)]
-
-
 @dataclass(frozen=True)
 class Subject:
     """A network to evaluate: a RepGhostNet, or an exported file, which says of itself what it is (`metadata`).
 
-    name, title and folder: its row in results.csv, the line above its figures, where its reports go. weights (`ema`
-    for a run's average), epoch and selection (of a run) are those of evaluation.json.
+    name, title and folder: its row in results.csv, the line above its figures, where its reports go; run: the folder
+    of a run. weights (`ema` for a run's average), epoch and selection (of a run) are those of evaluation.json. classes:
+    the names of its outputs, None where nobody knows them.
     """
 
     network: nn.Module
@@ -128,55 +118,64 @@ class Subject:
     weights: str
     epoch: int | None = None
     selection: str | None = None
+    run: Path | None = None
+    classes: Sequence[str] | None = None
 
 
 def subject_of_run(directory: Path, selection: str) -> Subject:
     """The averaged network of the last or the best epoch of a run."""
     network, epoch = load_run(directory, selection)
     title = f"{directory}, EMA, {selection.replace('_', ' ')} epoch"
-    return Subject(network, directory.name, title, directory, "ema", epoch, selection)
+    data = recorded_data(directory)
+    classes = data.classes if data else None
+    return Subject(network, directory.name, title, directory, "ema", epoch, selection, directory, classes)
 
 
 def subject_of(config: DictConfig, exported: nn.Module | None) -> Subject:
     """What a command of evaluate.py is about: a run, an exported file that was opened, or weights of a given width."""
     if config.run is not None:
-        subject = subject_of_run(Path(config.run), config.selection)
+        return subject_of_run(Path(config.run), config.selection)
+    weights, results = str(config.weights), Path(config.results).parent
+    path = Path(weights.removeprefix("official:"))
+    if exported is not None:
+        subject = Subject(exported, path.name, weights, results / path.name, weights)
     else:
-        weights, results = str(config.weights), Path(config.results).parent
-        path = Path(weights.removeprefix("official:"))
-        if exported is not None:
-            subject = Subject(exported, path.name, weights, results / path.name, weights)
-        else:
-            name, title = f"{path.stem}-{config.width:g}", f"{weights}, width {config.width:g}"
-            subject = Subject(load_model(weights, config.width), name, title, results / name, weights)
-    return replace(subject, folder=subject.folder / (config.test_set or ""))
+        name, title = f"{path.stem}-{config.width:g}", f"{weights}, width {config.width:g}"
+        subject = Subject(load_model(weights, config.width), name, title, results / name, weights)
+    published = weights == "timm" or weights.startswith("official:")
+    return replace(subject, classes=synsets() if published else read_description(weights).classes)
 
 
 def evaluate(
-    subject: Subject, trainer: pl.Trainer, data: DataModule, config: DictConfig, autocast: bool = False
+    subject: Subject,
+    trainer: pl.Trainer,
+    data: DataModule,
+    config: DictConfig,
+    autocast: bool = False,
+    reports: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a network on the validation images of `data` with the devices of `trainer`.
 
-    config: of train.py or evaluate.py; the latter's test_set and real_labels say what counts as right, report which
-    files of `repghost.reports` are written. autocast: compute in the trainer's precision instead of float32. Returns
-    the content of evaluation.json. Raises UserError when network and data do not fit, or when not every image was
-    counted exactly once.
+    config: of train.py or evaluate.py; the latter's test_set and real_labels say what counts as right. autocast:
+    compute in the trainer's precision instead of float32. reports: which of `repghost.reports` are written, beside
+    those of the config. Returns the content of evaluation.json. Raises UserError when network and data do not fit, or
+    when not every image was counted exactly once.
     """
-    reports = report_names(config.get("report"))
+    reports = [*report_names(config.get("report")), *reports]
     index, metadata = data.index("val"), getattr(subject.network, "metadata", {})
     network = subject.network
     if not isinstance(network, RepGhostNet):
         with torch.device("meta"):
             network = repghostnet(metadata["width"], metadata["num_classes"], fused=True)
-    labels = label_map(config.get("test_set"), config.get("real_labels"), index, network.classifier.out_features)
+    outputs, test_set = network.classifier.out_features, config.get("test_set")
+    labels = label_map(test_set, config.get("real_labels"), index, outputs, subject.classes)
     evaluation = Evaluation(subject.network, labels, autocast, keep_predictions=bool(reports))
     trainer.validate(evaluation, datamodule=data, verbose=False)
     results = evaluation.results()
     if results["images"] != (expected := labels.images(len(index))):
         raise UserError(f"evaluated {results['images']} images, but the data set has {expected}")
-    if reports and trainer.is_global_zero:
-        write_reports(reports, evaluation.predictions, index, subject.folder)
-    return {
+    precision = metadata.get("precision") or (str(trainer.precision) if autocast else "32-true")
+    found = {
         **results,
         "width": float(network.width),
         "params_m": count_parameters(network) / 1e6,
@@ -186,13 +185,22 @@ def evaluate(
         "epoch": subject.epoch,
         "selection": subject.selection,
         "crop_fraction": config.data.crop_fraction,
-        "precision": metadata.get("precision") or (str(trainer.precision) if autocast else "32-true"),
+        "precision": precision,
+        "scored": labels.note,
+        "changes": changes(subject.run, config, index.fingerprint, precision) if subject.run else {},
     }
+    if reports and trainer.is_global_zero:
+        write_reports(reports, evaluation.predictions, data, subject.folder / reports_folder(found, test_set))
+    return found
 
 
 def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
+    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results.
+
+    The loggers of `trainer` get the pictures of the last epoch's, and are closed.
+    """
     evaluations: dict[str, dict[str, Any]] = {}
+    pictures = PICTURES if trainer.loggers else ()
     for selection in SELECTIONS:
         subject = subject_of_run(directory, selection)
         if selection == "last" and trainer.is_global_zero:
@@ -202,16 +210,20 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
         if selection != "last" and subject.epoch == evaluations["last"]["epoch"]:  # the same weights
             evaluations[selection] = evaluations["last"] | {"selection": selection}
         else:
-            evaluations[selection] = evaluate(subject, trainer, data, config)
+            reports = pictures if selection == "last" else ()
+            evaluations[selection] = evaluate(subject, trainer, data, config, reports=reports)
     if trainer.is_global_zero:
         # The last epoch's comes last: its file says that the run is finished.
         for evaluation in reversed(evaluations.values()):
             # A run that died between the two adds no row twice.
-            if not _evaluation_file(directory, evaluation).exists():
-                append_result(config.results, directory.name, data_name(config), evaluation)
+            if not is_recorded(directory, evaluation):
+                append_row(config, directory.name, evaluation, directory)
                 write_evaluation(directory, evaluation)
     for selection, evaluation in evaluations.items():
         print_rank_zero(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
+    for logger in trainer.loggers:
+        if isinstance(logger, GuardedLogger):
+            logger.close([directory / f"{name}.png" for name in pictures])
     trainer.strategy.barrier()
 
 
@@ -221,36 +233,7 @@ def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> 
     if config.test_set and (expected := published_accuracy(config.test_set, evaluation["width"])):
         print(f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%")
     if config.report:
-        print(f"  reports in {subject.folder}")
-    append_result(config.results, subject.name, config.test_set or data_name(config), evaluation)
-    if config.run is not None and not config.test_set:
-        write_evaluation(subject.folder, evaluation)
-
-
-def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
-    """Writes the evaluation of a run's last epoch as evaluation.json, that of its best as evaluation_best_ema.json."""
-    write_text(_evaluation_file(directory, evaluation), json.dumps(evaluation, indent=2) + "\n")
-
-
-def _evaluation_file(directory: Path, evaluation: dict[str, Any]) -> Path:
-    suffix = "" if evaluation["selection"] == "last" else f"_{evaluation['selection']}"
-    return directory / f"evaluation{suffix}.json"
-
-
-def table(evaluation: dict[str, Any], title: str) -> str:
-    """The result for a person, with 95% intervals: both forms of a RepGhostNet, the one that an exported file has."""
-    fused = evaluation["fused"]
-    if fused["top1_flips"] is None:
-        rows, note = {evaluation["precision"]: evaluation}, "an exported file is the fused network"
-    else:
-        rows = {"trained form": evaluation, "fused": fused}
-        difference = f"the logits by at most {fused['max_rel_logit_diff']:.1e} of the largest"
-        note = f"fusing changes {fused['top1_flips']} Top-1, and {difference}"
-    lines = [f"\n{title}, {evaluation['images']:,} images"]
-    for name, row in rows.items():
-        shares = [
-            f"{label} {row[key]:6.2f}% [{row[f'{key}_interval'][0]:.2f}, {row[f'{key}_interval'][1]:.2f}]"
-            for label, key in (("Top-1", "top1"), ("Top-5", "top5"))
-        ]
-        lines.append(f"  {name:<13} {'   '.join(shares)}   loss {row['loss']:.4f}")
-    return "\n".join([*lines, f"  {note}; in brackets: 95% intervals"])
+        print(f"  reports in {subject.folder / reports_folder(evaluation, config.test_set)}")
+    append_row(config, subject.name, evaluation, subject.run)
+    if subject.run is not None:
+        print(f"  written to {write_evaluation(subject.run, evaluation)}")

@@ -1,33 +1,41 @@
-"""Reports of an evaluation as CSV files: classes.csv and confusions.csv, predictions.csv.
+"""Reports of an evaluation: CSV files and pictures.
 
-`classes` is the accuracy of every class and the pairs of classes that are confused most, `predictions` the five
-likeliest classes of every image. Check: `pytest tests/test_evaluation.py -k reports`.
+    classes        classes.csv, the accuracy of every class, and confusions.csv, the pairs that are confused most
+    predictions    predictions.csv, the five likeliest classes of every image
+    confusion      confusion.png, the confusion matrix
+    worst          worst.png, the images that the network is most confidently wrong about
+
+Check: `pytest tests/test_evaluation.py -k reports`.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from repghost.dataset import SplitIndex
 from repghost.errors import UserError
-from repghost.files import rows_as_csv, write_text
+from repghost.files import atomic_write, rows_as_csv, write_text
+from repghost.text import as_cell
 
-REPORTS = ("classes", "predictions")
+if TYPE_CHECKING:
+    from repghost.dataset import DataModule  # which needs torch
+
+PICTURES = ("confusion", "worst")
+REPORTS = ("classes", "predictions", *PICTURES)
 CONFUSED_PAIRS = 100  # rows of confusions.csv
 CONFUSION_COLUMNS = ("label", "class", "predicted_label", "predicted_class", "images", "share")
+WORST_IMAGES = 25
 Rows = Iterator[dict[str, Any]]
 
 
 class Predictions(NamedTuple):
     """The K likeliest classes of N images (K = 5, or all of fewer classes), likeliest first."""
 
-    positions: Tensor  # int64 [N], rows of the index
-    labels: Tensor  # int64 [N]
-    top: Tensor  # int64 [N, K]
-    probabilities: Tensor  # float32 [N, K]
+    positions: np.ndarray  # int64 [N], rows of the index
+    labels: np.ndarray  # int64 [N]
+    top: np.ndarray  # int64 [N, K]
+    probabilities: np.ndarray  # float32 [N, K]
 
 
 def report_names(report: str | Sequence[str] | None) -> list[str]:
@@ -38,42 +46,74 @@ def report_names(report: str | Sequence[str] | None) -> list[str]:
     return names
 
 
-def write_reports(names: Sequence[str], predictions: Predictions, index: SplitIndex, folder: Path) -> None:
-    """Writes the reports `names` on the predictions for the images of `index` into `folder`."""
+def write_reports(names: Sequence[str], predictions: Predictions, data: "DataModule", folder: Path) -> None:
+    """Writes the reports `names` on the predictions for the validation images of `data` into `folder`."""
+    index = data.index("val")
     if "classes" in names:
         write_text(folder / "classes.csv", rows_as_csv(list(_class_rows(predictions, index.classes))))
         confusions = rows_as_csv(list(_confusion_rows(predictions, index.classes)), CONFUSION_COLUMNS)
         write_text(folder / "confusions.csv", confusions)
     if "predictions" in names:
         write_text(folder / "predictions.csv", rows_as_csv(list(_prediction_rows(predictions, index.keys()))))
+    if "confusion" in names:
+        from repghost.pictures import draw_confusion  # matplotlib is slow to import
+
+        with atomic_write(folder / "confusion.png") as file:
+            draw_confusion(_confusion_counts(predictions, len(index.classes)), index.classes, file)
+    if "worst" in names:
+        from repghost.pictures import draw_images
+
+        worst = _worst(predictions)
+        images = data.images("val", predictions.positions[worst].tolist()) if len(worst) else ()
+        lines = [_worst_line(predictions, int(row), index.classes) for row in worst]
+        with atomic_write(folder / "worst.png") as file:
+            draw_images(images, lines, file)
 
 
 def _class_rows(predictions: Predictions, classes: Sequence[str]) -> Rows:
     labels, hits = predictions.labels, predictions.top == predictions.labels[:, None]
     groups = (labels, labels[hits[:, 0]], labels[hits.any(1)])
-    counts = (torch.bincount(group, minlength=len(classes)).tolist() for group in groups)
+    counts = (np.bincount(group, minlength=len(classes)).tolist() for group in groups)
     for label, (name, images, *right) in enumerate(zip(classes, *counts, strict=True)):
         top1, top5 = (100 * count / images if images else "" for count in right)
-        yield {"label": label, "class": name, "images": images, "top1": top1, "top5": top5}
+        yield {"label": label, "class": as_cell(name), "images": images, "top1": top1, "top5": top5}
+
+
+def _confusion_counts(predictions: Predictions, classes: int) -> np.ndarray:
+    """int64 [classes, classes]: images of each class (row) that were taken for each class (column)."""
+    pairs = predictions.labels * classes + predictions.top[:, 0]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def _confusion_rows(predictions: Predictions, classes: Sequence[str]) -> Rows:
-    labels, predicted = predictions.labels, predictions.top[:, 0]
-    images = torch.bincount(labels, minlength=len(classes))
-    wrong = (labels * len(classes) + predicted)[labels != predicted]
-    counts = torch.bincount(wrong, minlength=len(classes) ** 2)
-    for pair in counts.argsort(descending=True, stable=True)[:CONFUSED_PAIRS].tolist():
-        if count := int(counts[pair]):
+    counts = _confusion_counts(predictions, len(classes))
+    images = counts.sum(1)
+    np.fill_diagonal(counts, 0)
+    flat = counts.ravel()
+    for pair in np.argsort(-flat, kind="stable")[:CONFUSED_PAIRS].tolist():
+        if count := int(flat[pair]):
             label, other = divmod(pair, len(classes))
-            cells = (label, classes[label], other, classes[other], count, 100 * count / int(images[label]))
-            yield dict(zip(CONFUSION_COLUMNS, cells, strict=True))
+            names = (as_cell(classes[label]), other, as_cell(classes[other]))
+            yield dict(zip(CONFUSION_COLUMNS, (label, *names, count, 100 * count / int(images[label])), strict=True))
 
 
 def _prediction_rows(predictions: Predictions, keys: Sequence[str]) -> Rows:
     for position, label, top, probabilities in zip(*(x.tolist() for x in predictions), strict=True):
         yield {
-            "key": keys[position],
+            "key": as_cell(keys[position]),
             "label": label,
             **{f"predicted_{k}": predicted for k, predicted in enumerate(top, 1)},
             **{f"probability_{k}": f"{probability:.6g}" for k, probability in enumerate(probabilities, 1)},
         }
+
+
+def _worst(predictions: Predictions) -> np.ndarray:
+    """int64 [M]: of the predictions that are wrong, the most confident ones, the worst first."""
+    wrong = np.flatnonzero(predictions.top[:, 0] != predictions.labels)
+    return wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")][:WORST_IMAGES]
+
+
+def _worst_line(predictions: Predictions, row: int, classes: Sequence[str]) -> tuple[str, str]:
+    """What is written above an image: its class, and what it was taken for."""
+    label, predicted = classes[predictions.labels[row]], classes[predictions.top[row, 0]]
+    return label, f"{predicted} {predictions.probabilities[row, 0]:.0%}"

@@ -7,8 +7,14 @@ nothing is filled in. Check: `pytest tests/test_results.py`.
 """
 
 import argparse
+import csv
+import errno
+import io
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +22,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from repghost.errors import run_command
-from repghost.files import read_table, rows_as_csv, write_text
+from repghost.errors import UserError, run_command
+from repghost.files import write_text
 from repghost.reference import IMAGENET, published
+from repghost.text import as_cell, from_cell
 
 COLUMNS = (
     "date", "commit", "name", "data", "width", "weights", "selection", "epoch", "images", "top1", "top5", "loss",
@@ -26,6 +33,8 @@ COLUMNS = (
     "image_size", "crop_fraction", "precision",
 )  # fmt: skip
 _OPTIONAL = ("image_size", "crop_fraction", "precision")  # which older files lack
+_TEXTS = ("date", "commit", "name", "data", "weights", "selection", "precision")
+_NUMBERS = ("width", "images", "top1", "top5", "fused_top1")  # which the tables are made of
 
 # Points of Top-1 within which a measurement is the published figure: the same weights differ by a JPEG decoder and a
 # resize, a new training by its random draws.
@@ -36,20 +45,84 @@ MARKERS = ("<!-- table -->", "<!-- /table -->")  # in a Markdown file, around th
 
 
 def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[str, Any]) -> None:
-    """Adds one finished evaluation (the content of evaluation.json) as a row of the CSV file `path`."""
-    path, fused = Path(path), evaluation["fused"]
+    """Adds one finished evaluation (the content of evaluation.json) as a row of the CSV file `path`.
+
+    Columns and rows of others stay what they are; the file is written whole or not at all.
+    """
+    path, fused = Path(os.path.realpath(path)), evaluation["fused"]  # what a link leads to, not the link, is replaced
     about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": _commit(), "name": name, "data": data}
     row = {**fused, **evaluation, **about, "fused_top1": fused["top1"], "fused_top5": fused["top5"]}
     cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
+    cells |= {key: as_cell(str(cells[key])) for key in _TEXTS if cells[key] is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):  # sweep jobs may finish together
-        write_text(path, rows_as_csv([*read_results(path), cells]))
+        header, rows = _read_cells(path)
+        header += [column for column in COLUMNS if column not in header]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([header, *rows, [cells.get(column) for column in header]])
+        write_text(path, text.getvalue())
+
+
+def require_writable_results(path: str | Path) -> None:
+    """Raises UserError when the file `path` cannot take another row: to be called before hours of work."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"results={path}: not a file: give results=FILE.csv")
+    read_results(path)
+    folder, lock = next(folder for folder in path.parents if folder.exists()), Path(f"{path}.lock")
+    try:
+        if lock.exists() and not os.access(lock, os.W_OK):
+            raise PermissionError(errno.EACCES, f"{lock.name} belongs to someone else")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"results={path}: cannot be written ({error.strerror}): give results=FILE.csv") from None
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:
-    """The rows of results.csv, none when there is no such file."""
-    rows = read_table(path, set(COLUMNS) - set(_OPTIONAL), "results")
-    return [dict.fromkeys(COLUMNS, "") | {key: cell or "" for key, cell in row.items() if key} for row in rows]
+    """The rows of results.csv, none when there is no such file.
+
+    It may have been saved by a spreadsheet: with a byte order mark, other line ends, semicolons or tabs between the
+    cells, then with decimal commas. Raises UserError that names the line which is no measurement.
+    """
+    header, rows = _read_cells(Path(path))
+    found = []
+    for number, cells in enumerate(rows, start=2):
+        if not any(cells):
+            continue
+        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells, strict=False))
+        row |= {column: from_cell(row[column]) for column in _TEXTS}
+        for column in _NUMBERS:
+            try:
+                float(row[column])
+            except ValueError:
+                raise UserError(f"{path}: row {number}: {column} is {row[column]!r}, not a number") from None
+        found.append(row)
+    return found
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of results.csv as they stand there, numbers with decimal points; both empty for no such file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        lines = io.StringIO(text, newline="")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        header, *rows = list(csv.reader(lines, delimiter=delimiter, strict=True)) or [[]]
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table in UTF-8 ({error}): save it as CSV in UTF-8, or move it away") from None
+    if not text.strip():
+        return [], []
+    if missing := set(COLUMNS) - set(_OPTIONAL) - set(header):
+        raise UserError(f"{path}: not a table of results, it has no column {min(missing)}: give another results=")
+    numbers = [i for i, column in enumerate(header) if column in COLUMNS and column not in _TEXTS]
+    for row in rows:
+        for i in numbers:
+            if delimiter != "," and i < len(row) and re.fullmatch(r"-?\d*,\d+(E[+-]?\d+)?", row[i], re.IGNORECASE):
+                row[i] = row[i].replace(",", ".")
+    return header, [row for row in rows if row]
 
 
 HEADER = (
@@ -89,7 +162,7 @@ def _measurements(results: Sequence[dict[str, str]], expected: float) -> Iterato
         difference = float(shown["top1"]) - expected
         inside = abs(difference) <= tolerance + 0.001  # accuracies are stored with six digits
         within = f"{'yes' if inside else 'no'} ({tolerance:g})"
-        if int(shown["images"]) != IMAGES:
+        if float(shown["images"]) != IMAGES:
             within = f"not of all {IMAGES:,} images"
         yield [
             kind, *top1, _points(shown["top5"]), _points(shown["fused_top1"]), f"{difference:+.2f}",

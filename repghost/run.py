@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,9 +20,12 @@ from repghost.errors import UserError
 from repghost.files import read_class_names, write_text
 from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
-from repghost.weights import model_from_state, read_checkpoint
+from repghost.results import require_writable_results
+from repghost.run_data import CLASSES_FILE, record_data, require_equal, require_same_data
+from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint
 
-CLASSES_FILE = "classes.txt"
+if TYPE_CHECKING:
+    from repghost.dataset import DataModule  # which needs Lightning
 
 # Keys that say where and how fast a run happens: no part of its name, and free to change when it is resumed.
 WHERE_AND_HOW_FAST = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
@@ -36,13 +39,14 @@ _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 _LONGEST_NAME = 255  # bytes that file systems take
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
+EVALUATION = "evaluation.json"
 
 
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     """The run's folder and its resolved config, which is written there as config.yaml.
 
-    Raises UserError when the folder holds a run of another config, with the first key that differs. A command that was
-    refused, or died before it saved anything, is no run: what it wrote is replaced.
+    Raises UserError when the folder holds a run of another config, with the first key that differs, or of other data. A
+    command that was refused, or died before it saved anything, is no run: what it wrote is replaced.
     """
     resolve_recipe(config)
     config.name = config.name or run_name(config)
@@ -50,10 +54,11 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     # Reported last where they differ: the user set the keys that they come from.
     derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
+    require_writable_results(config.results)
     written = directory / "config.yaml"
-    begun = is_finished(directory) or any((directory / "checkpoints").glob("*.ckpt"))
-    if begun and written.exists():
+    if _has_begun(directory) and written.exists():
         _require_same_run(directory, config, (*derived, *COLOUR))
+        require_same_data(directory, config, read_config(directory).data.root, is_finished(directory))
     else:
         _write_on_rank_zero(written, OmegaConf.to_yaml(config))
     return directory, config
@@ -73,6 +78,17 @@ def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, .
             f"{directory} was begun with {key}={old}, this command says {new}: "
             "go on with the old value, or give the new run a name=..."
         )
+
+
+def _has_begun(directory: Path) -> bool:
+    return (directory / EVALUATION).exists() or any((directory / "checkpoints").glob("*.ckpt"))
+
+
+def keep_data(directory: Path, data: "DataModule") -> None:
+    """Records in the folder of a run what its data are. Raises UserError when it was begun with others."""
+    if _has_begun(directory):
+        require_equal(directory, data, read_config(directory).data.root)
+    record_data(directory, data)
 
 
 def read_config(directory: Path) -> DictConfig:
@@ -107,6 +123,7 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
                 OmegaConf.update(config, key, OmegaConf.select(trained, key), merge=False)
     OmegaConf.resolve(config)
     require_values(config)
+    require_writable_results(config.results)
     return config
 
 
@@ -121,8 +138,36 @@ def require_values(config: DictConfig) -> None:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run in `directory` was trained to its end and evaluated."""
-    return (directory / "evaluation.json").exists()
+    """Whether the run in `directory` was trained to its end and evaluated.
+
+    A run that was interrupted may have been evaluated as well, and one that lost its process at the very end may have
+    been evaluated by evaluate.py alone: what else the end of a run writes is then missing.
+    """
+    evaluation = read_evaluation(directory / EVALUATION)
+    if evaluation is None:
+        return False
+    if not (directory / "config.yaml").exists() or evaluation.get("epoch") is None:  # nothing says otherwise
+        return True
+    if evaluation["epoch"] + 1 < read_config(directory).get("epochs", 0):
+        return False
+    complete = all((directory / name).exists() for name in (evaluation_name("best_ema"), WEIGHTS_FILE))
+    return complete or not (directory / "checkpoints" / SELECTIONS["last"]).exists()
+
+
+def evaluation_name(selection: str) -> str:
+    """The name of the file that holds a run's own evaluation of its last or best epoch."""
+    return EVALUATION if selection == "last" else f"evaluation_{selection}.json"
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """The evaluation in a file of a run's folder, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content, "top1": float(content["top1"])}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not an evaluation ({error}): delete it and evaluate again") from None
 
 
 def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
@@ -133,6 +178,8 @@ def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
     content = read_checkpoint(path)
     if not content.keys() >= {"ema", "history", "run"}:
         raise UserError(f"{path}: not a checkpoint of train.py")
+    if not content["history"]:
+        raise UserError(f"{directory}: no epoch of this run is complete yet; the command that began it goes on")
     return model_from_state(content["ema"], str(path), content["run"]["width"]), int(content["history"][-1]["epoch"])
 
 
@@ -165,7 +212,8 @@ def folder_of(config: DictConfig) -> Path:
 
 def top1(folder: Path) -> float | None:
     """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
-    return float(json.loads((folder / "evaluation.json").read_text())["top1"]) if is_finished(folder) else None
+    evaluation = read_evaluation(folder / EVALUATION) if is_finished(folder) else None
+    return evaluation["top1"] if evaluation else None
 
 
 def run_name(config: DictConfig) -> str:
@@ -188,11 +236,6 @@ def _shortened(name: str) -> str:
     """The first part of a name and a digest of all of it."""
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
-
-
-def write_class_names(directory: Path, names: Sequence[str]) -> None:
-    """Writes the class names of the run in `directory`, on the first rank only."""
-    _write_on_rank_zero(directory / CLASSES_FILE, "".join(f"{name}\n" for name in names))
 
 
 def _write_on_rank_zero(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """evaluate.py says what timm's transform, model, class masks and ReaL labels say; its reports add up."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from timm.data.real_labels import RealLabelsImagenet
 from webdataset import TarWriter
 
 from data.write_shards.write import write_folder
-from repghost import repghostnet
+from repghost import pictures, repghostnet
 from repghost.errors import UserError
-from repghost.evaluation import interval
+from repghost.outcome import interval
+from repghost.pictures import draw_confusion, draw_images
 from repghost.reference import published_accuracy, synsets
 from repghost.test_sets import class_columns
 from repghost.weights import save_weights
@@ -192,6 +194,45 @@ def test_reports_add_up(evaluate_with: Program, tmp_path: Path) -> None:
         shares = [float(r[f"probability_{k}"]) for k in range(1, 6)]
         assert shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-4
     assert evaluate_with(f"weights={tmp_path / 'w.safetensors'}", "report=lines", *options) == 2
+
+
+def test_reports_are_drawn(tmp_path: Path) -> None:
+    """For few classes and for a thousand, and for names that a font or a formula would choke on."""
+    draw = np.random.default_rng(0)
+    for count in (3, 1000):
+        classes = ["$\\frac{", "猫\n" * 30, *(f"class {label}" for label in range(2, count))]
+        counts = draw.integers(0, 2, (count, count)) + np.diag(np.full(count, 30))
+        buffer = io.BytesIO()
+        draw_confusion(counts, classes, buffer)
+        with Image.open(buffer) as image:
+            # Every class has at least a pixel: the diagonal is darker than what is beside it.
+            assert image.format == "PNG" and min(image.size) > count
+    images = torch.zeros(7, 3, 32, 32, dtype=torch.uint8)
+    for number in (0, 7):
+        buffer = io.BytesIO()
+        draw_images(images[:number], [(classes[i], f"{classes[-i]} 97%") for i in range(number)], buffer)
+        assert buffer.getvalue().startswith(b"\x89PNG")
+
+
+def test_reports_show_the_images_that_are_confidently_wrong(evaluate_with: Program, tmp_path: Path) -> None:
+    data = validation_shards(tmp_path, tuple("abcdefg"), 30, 32, 80)
+    random_network(0.5, 7, tmp_path / "w.safetensors")
+    drawn: list[tuple[Any, list[tuple[str, str]]]] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pictures, "draw_images", lambda images, lines, file: drawn.append((images, lines)))
+        options = (f"data.root={data}", "width=0.5", "image_size=32", "report=[confusion,predictions,worst]", *CPU)
+        assert evaluate_with(f"weights={tmp_path / 'w.safetensors'}", *options) == 0
+    assert Path("results/w-0.5/confusion.png").read_bytes().startswith(b"\x89PNG")
+    ((images, lines),) = drawn
+    wrong = [r for r in rows("results/w-0.5/predictions.csv") if r["label"] != r["predicted_1"]]
+    wrong.sort(key=lambda r: -float(r["probability_1"]))
+    assert [line[0] for line in lines] == ["abcdefg"[int(r["label"])] for r in wrong[: len(lines)]]
+    assert len(lines) == min(len(wrong), 25) == len(images)
+    # The pixels are those of the files, cropped as timm's transform does.
+    file = next((tmp_path / "images").rglob(wrong[0]["key"].partition("_")[2] + ".JPEG"))
+    transform = timm.data.create_transform((3, 32, 32), interpolation="bicubic", crop_pct=0.875, mean=0, std=1)
+    with Image.open(file) as image:
+        assert (transform(image.convert("RGB")) * 255 - images[0]).abs().mean() < 2
 
 
 def test_precision_size_and_crop_can_be_chosen(evaluate_with: Program, tmp_path: Path) -> None:

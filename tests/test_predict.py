@@ -28,7 +28,8 @@ from repghost.errors import UserError, run_command
 from repghost.images import Preprocessing, image_files, read_image
 from repghost.options import parse
 from repghost.reference import class_words, synsets
-from repghost.run import class_names_of, write_class_names
+from repghost.run import class_names_of
+from repghost.run_data import write_class_names
 from repghost.weights import save_weights
 
 PHOTOS = {"astronaut": skimage.data.astronaut, "coffee": skimage.data.coffee, "rocket": skimage.data.rocket}

@@ -1,6 +1,7 @@
 """The paper's table from measurements that are there, and only those; the figure; a model for the hub."""
 
 import csv
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ import pytest
 from repghost import figures
 from repghost.errors import run_command
 from repghost.model import WIDTHS
-from repghost.results import COLUMNS, HEADER, MARKERS, append_result, as_markdown, main, paper_rows, read_results
+from repghost.results import (
+    COLUMNS,
+    HEADER,
+    MARKERS,
+    append_result,
+    as_markdown,
+    main,
+    paper_rows,
+    read_results,
+    require_writable_results,
+)
 
 Program = Callable[..., int]
 
@@ -113,6 +124,97 @@ def test_a_row_begins_a_line_of_its_own_and_leaves_the_others(tmp_path: Path) ->
         first, second = csv.DictReader(file)
     assert (first["name"], first["note"], second["name"], second["note"]) == ("one", "by hand", "two", "")
     assert float(second["top1"]) == 75
+
+
+def changed(text: str) -> dict[str, bytes]:
+    """What editors and spreadsheets make of a results.csv."""
+    lines = text.splitlines()
+    table = [line.split(",") for line in lines]
+    comma = [";".join(cell.replace(".", ",") if cell[:1].isdigit() else cell for cell in row) for row in table]
+    return {
+        "no newline at the end": text.rstrip("\n").encode(),
+        "byte order mark": b"\xef\xbb\xbf" + text.encode(),
+        "CRLF": "\r\n".join(lines).encode() + b"\r\n",
+        "semicolons": text.replace(",", ";").encode(),
+        "tabs": text.replace(",", "\t").encode(),
+        "decimal commas": b"\xef\xbb\xbf" + "\r\n".join(comma).encode(),
+        "quoted": "\n".join(",".join(f'"{cell}"' for cell in row) for row in table).encode(),
+        "another order": "\n".join(",".join(reversed(row)) for row in table).encode(),
+        "blank lines": text.replace("\n", "\n\n,,,,\n").encode(),
+        "more cells than columns": text.rstrip("\n").encode() + b",note\n",
+    }
+
+
+def test_what_a_spreadsheet_saved_is_understood(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append_result(path, "one", "imagenet", evaluation(74.25, crop_fraction=0.875))
+    (expected,) = read_results(path)
+    for name, content in changed(path.read_text()).items():
+        path.write_bytes(content)
+        require_writable_results(path)
+        assert read_results(path) == [expected], name
+        append_result(path, "two", "imagenet", evaluation(75.5))
+        first, second = read_results(path)
+        assert first == expected and (second["name"], second["top1"]) == ("two", "75.5"), name
+        with open(path, newline="") as file:
+            assert [row["name"] for row in csv.DictReader(file) if row["name"]] == ["one", "two"], name
+        assert b"note" in path.read_bytes() or b"note" not in content
+        paper_rows(read_results(path), "imagenet")
+
+
+BROKEN = {
+    "latin-1": ("name,ü\n".encode("latin-1"), "not a table in UTF-8"),
+    "utf-16": ("name,data\n".encode("utf-16"), "not a table in UTF-8"),
+    "another table": (b"a,b\n1,2\n", "no column commit"),
+    "an image": (b"\x89PNG\r\n\x1a\n\0\0\0", "not a table in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_no_table_is_found_before_the_work_and_left_alone(
+    kind: str, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, said = BROKEN[kind]
+    Path("r.csv").write_bytes(content)
+    assert train_tiny("results=r.csv", "name=a") == 2
+    error = capsys.readouterr().err.strip()
+    assert "r.csv" in error and said in error and len(error.splitlines()) == 1
+    assert Path("r.csv").read_bytes() == content and not Path("outputs").exists()
+
+
+def test_a_place_for_results_that_cannot_be_written_is_found_before_the_work(
+    train_tiny: Program, evaluate_with: Program, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    os.mkfifo("pipe")
+    weights = ("weights=x.safetensors", f"data.root={shards}", "trainer=cpu")
+    for place in ("folder", "file/r.csv", "pipe", "/proc/none/r.csv"):
+        for program in (lambda option: train_tiny(option, "name=a"), lambda option: evaluate_with(option, *weights)):
+            assert program(f"results={place}") == 2
+            error = capsys.readouterr().err.strip()
+            assert error.startswith("error: results=") and len(error.splitlines()) == 1, error
+    require_writable_results("file")  # which is empty
+    assert read_results("file") == [] and not Path("outputs").exists()
+
+
+def test_a_cell_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.csv"
+    append_result(path, "one", "imagenet", evaluation(74.25))
+    path.write_text(path.read_text().replace("74.25", "24. Jul"))
+    assert run_command(lambda: main(["--results", str(path)])) == 2
+    assert "row 2: top1 is '24. Jul', not a number" in capsys.readouterr().err
+
+
+def test_a_link_to_shared_results_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "r.csv").symlink_to(tmp_path / "shared" / "r.csv")
+    for name in ("one", "=two"):
+        append_result(tmp_path / "r.csv", name, "imagenet", evaluation(74.0))
+    assert (tmp_path / "r.csv").is_symlink() and [
+        row["name"] for row in read_results(tmp_path / "shared" / "r.csv")
+    ] == ["one", "=two"]
+    assert "'=two," in (tmp_path / "r.csv").read_text()
 
 
 def test_the_figure_shows_the_published_networks_and_the_measured_ones(tmp_path: Path) -> None:

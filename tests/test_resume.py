@@ -12,7 +12,7 @@ from conftest import train_in
 from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
-from repghost import evaluation as evaluation_module
+from repghost import outcome
 from repghost.evaluation import Evaluation
 from repghost.training import checkpoint
 from repghost.training.checkpoint import Checkpoints
@@ -135,7 +135,7 @@ def test_a_run_that_is_cut_anywhere(whole: Path, train_again: Program) -> None:
     for path in leftovers:
         path.write_bytes(b"half")
 
-    append = evaluation_module.append_result
+    append = outcome.append_result
 
     def cut_at_the_last(path: Any, name: str, data: str, evaluation: dict[str, Any], **options: Any) -> None:
         if evaluation["selection"] == "last":
@@ -143,7 +143,7 @@ def test_a_run_that_is_cut_anywhere(whole: Path, train_again: Program) -> None:
         append(path, name, data, evaluation, **options)
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(PowerCut):
-        patched.setattr(evaluation_module, "append_result", cut_at_the_last)
+        patched.setattr(outcome, "append_result", cut_at_the_last)
         train_again("name=cut")
     assert train_again("name=cut") == 0
     assert differences(whole, run) == []

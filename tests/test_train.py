@@ -113,7 +113,10 @@ def test_loggers_write_beside_metrics_csv(train_tiny: Program, monkeypatch: pyte
     assert train_tiny("epochs=1", "name=a", "logger=wandb", "logger.offline=true") == 0
     assert list(Path("outputs/a/wandb").glob("offline-run-*/*.wandb"))
     assert train_tiny("epochs=1", "name=b", "logger=tensorboard") == 0
-    assert list(Path("outputs/b").rglob("events.out.tfevents.*"))
+    (events,) = {path.parent for path in Path("outputs/b").rglob("events.out.tfevents.*")}
+    for path in (*events.glob("events*"), *Path("outputs/a/wandb").glob("offline-run-*/*.wandb")):
+        assert all(name in path.read_bytes() for name in (b"confusion", b"worst", b"ema_top1")), path
+    assert {path.name for path in Path("outputs/a").glob("*.png")} == {"confusion.png", "worst.png", "curve.png"}
     assert (Path("outputs/a/metrics.csv").read_text()) == Path("outputs/b/metrics.csv").read_text()
 
 
@@ -232,9 +235,13 @@ def test_an_evaluation_takes_the_normalization_of_the_run(
 ) -> None:
     assert train_tiny("name=a", "epochs=1", "recipe.augment.mean=[0.1,0.2,0.3]", "recipe.augment.std=[1,1,1]") == 0
     losses = [json.loads(Path("outputs/a/evaluation.json").read_text())["loss"]]
-    for options in ((), ("data=imagenet", f"data.root={shards}"), ("data.augment.std=[0.01,0.01,0.01]",)):
+    for name, options in (
+        ("evaluation.json", ()),
+        ("evaluation.json", ("data=imagenet", f"data.root={shards}")),
+        ("evaluation_std_0.01_0.01_0.01.json", ("data.augment.std=[0.01,0.01,0.01]",)),
+    ):
         assert evaluate_with("run=outputs/a", "trainer=cpu", "data.workers=0", *options) == 0
-        losses.append(json.loads(Path("outputs/a/evaluation.json").read_text())["loss"])
+        losses.append(json.loads(Path("outputs/a", name).read_text())["loss"])
     trained, same, named, other = losses
     assert same == pytest.approx(trained, rel=1e-6) and named == pytest.approx(trained, rel=1e-6)
     assert other != pytest.approx(trained, rel=1e-5)

@@ -7,16 +7,19 @@ Check: `pytest tests/test_train.py tests/test_sweep.py`.
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from functools import partialmethod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repghost.figures import draw_curve
@@ -42,7 +45,7 @@ class GuardedLogger(Logger):
             return
         try:
             getattr(self._logger, method)(*arguments, **options)
-            if method == "finalize":  # a Trainer finalizes once more after each evaluation
+            if method == "finalize":
                 self._logger = None
         except Exception as error:
             name, self._logger = type(self._logger).__name__, None
@@ -52,7 +55,26 @@ class GuardedLogger(Logger):
     log_metrics = partialmethod(_pass, "log_metrics")
     log_hyperparams = partialmethod(_pass, "log_hyperparams")
     save = partialmethod(_pass, "save")
-    finalize = partialmethod(_pass, "finalize")
+
+    def finalize(self, status: str) -> None:
+        # A Trainer calls this after a training and after each evaluation; the last word is that of `close`.
+        self._pass(*(("save",) if status == "success" else ("finalize", status)))
+
+    def close(self, pictures: Sequence[Path]) -> None:
+        """Ends the logger of a run that was trained and evaluated; pictures: PNG files to show with it."""
+        for path in pictures:
+            self._pass("log_image", path.stem, [str(path)])
+        self._pass("finalize", "success")
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """Lightning's logger for TensorBoard, which shows pictures under the name that W&B's has for it."""
+
+    def log_image(self, key: str, images: Sequence[str]) -> None:
+        """Shows image files."""
+        for path in images:
+            with Image.open(path) as image:
+                self.experiment.add_image(key, np.asarray(image.convert("RGB")), dataformats="HWC")
 
 
 class RunWandbLogger(WandbLogger):
