@@ -23,9 +23,10 @@ from torch.nn.functional import interpolate
 
 from data.crops import BatchCrops
 from data.index import Index
+from data.tars import why_unreadable
 from repghost.dataset import Batch
 from repghost.errors import UserError
-from repghost.images import to_rgb
+from repghost.images import FORMATS, to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class ShardReader:
             raise BadImage(f"{self.index.name(row)}: the shard ends inside this image")
         if zlib.crc32(content) != sample["crc32"]:
             raise BadImage(f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)")
+        if not sample["height"]:
+            raise BadImage(f"{self.index.name(row)}: {why_unreadable(content)}")
         return content
 
     def decode(self, row: int, content: bytes) -> Tensor:
@@ -157,7 +160,7 @@ def decode(content: bytes) -> Tensor:
     if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 

@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.parallel import available_cpus, check_stop, run_parallel
-from data.tars import DecodeError, member_name, member_names, open_image, read_rows, scan_shard
+from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
 from repghost.errors import UserError
-from repghost.files import atomic_write, file_sha256
+from repghost.files import atomic_write, file_sha256, locked
+from repghost.images import DecodeError, open_image
 
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
 DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
 
-_FORMAT = 1  # of the cached indexes of others' shards
+LONGEST_SCAN = 6 * 3600  # seconds that another process may take for an index: 10 million images on a slow disk
+_FORMAT = 2  # of the cached indexes of others' shards
 
 
 # -- shards that data.write_shards wrote -------------------------------------------------------------------------------
@@ -120,12 +121,12 @@ def scanned_samples(shards: Sequence[str], cache: Path) -> np.ndarray:
     key = [(os.path.realpath(s), st.st_size, st.st_mtime_ns) for s, st in zip(shards, states, strict=True)]
     path = cache / "index" / f"{hashlib.sha256(repr((_FORMAT, key)).encode()).hexdigest()[:32]}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), "indexing the same shards", LONGEST_SCAN):
         if not path.exists():
             samples = _scan(shards)
             with atomic_write(path) as file:
                 np.save(file, samples)
-        return read_rows(path, [state.st_size for state in states])
+        return read_rows(path, [state.st_size for state in states], scanned=True)
 
 
 def _scan(shards: Sequence[str]) -> np.ndarray:
@@ -140,7 +141,9 @@ def _scan(shards: Sequence[str]) -> np.ndarray:
                     raise UserError(f"{shards[number]}: key {key} is also in {Path(shards[shard_of[key]]).name}")
             found["shard"] = number
             rows[number] = found
-    return np.concatenate([rows[number] for number in range(len(shards))])
+    samples = np.concatenate([rows[number] for number in range(len(shards))])
+    report_unreadable(shards, samples)
+    return samples
 
 
 # -- damage, for python -m data.index SHARDS --verify ------------------------------------------------------------------

@@ -14,10 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from repghost.errors import run_command
-from repghost.files import read_table, rows_as_csv, write_text
+from repghost.files import locked, read_table, rows_as_csv, write_text
 from repghost.reference import IMAGENET, published
 
 COLUMNS = (
@@ -42,7 +40,7 @@ def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[st
     row = {**fused, **evaluation, **about, "fused_top1": fused["top1"], "fused_top5": fused["top5"]}
     cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # sweep jobs may finish together
+    with locked(f"{path}.lock", "adding a row to it", limit=60):  # sweep jobs may finish together
         write_text(path, rows_as_csv([*read_results(path), cells]))
 
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from data.parallel import check_stop
-from data.tars import DecodeError, open_image, scan_shard
+from data.tars import scan_shard
 from data.write_shards.source import Entry
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256
-from repghost.images import to_rgb
+from repghost.images import DecodeError, open_image, to_rgb
 
 # What is stored byte for byte, by PIL's name of the format. MPO is a JPEG with further pictures behind it.
 _EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
