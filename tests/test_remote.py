@@ -26,7 +26,7 @@ from data.remote import Limits, download_shards, is_remote
 from repghost.errors import UserError, user_message
 
 QUICK = Limits(connections=2, timeout=60, attempts=3, backoff=0.01)
-IMPATIENT = replace(QUICK, timeout=1)
+IMPATIENT = replace(QUICK, timeout=1, slowest=0)
 SHARD = "train-000001.tar"
 Fault = str | int
 
