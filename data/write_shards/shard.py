@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from data.parallel import check_stop
 from data.tars import scan_shard
@@ -80,6 +79,8 @@ def finished_shard(task: Task) -> Shard | None:
 
 def write_shard(task: Task) -> Shard:
     """Writes one shard and its record. Runs in a worker process."""
+    from webdataset import TarWriter  # which imports torch, for which nobody who asks for --help should wait
+
     skipped: list[str] = []
     converted = 0
     # A fixed time and owner: the bytes depend on the images alone.
