@@ -28,14 +28,13 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from data.shards import parse_manifest, split_entry
+from data.shards import MANIFEST_BYTES, parse_manifest, split_entry
 from repghost.errors import DISK_FULL, UserError, printable
 from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
 
 T = TypeVar("T")
 File = dict[str, Any]  # as in the manifest: file (its name), sha256 and, for a shard, bytes
 
-MANIFEST_BYTES = 20_000_000  # of manifest.json; ImageNet's has 0.2 million
 INDEX_BYTES = 2_000_000_000  # of an index, 32 for each image
 _TRANSIENT = (408, 425, 429)  # HTTP: time-out, too early, too many requests; any other 4xx is final
 

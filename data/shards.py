@@ -21,11 +21,12 @@ from tqdm import tqdm
 from data.parallel import available_cpus, check_stop, run_parallel
 from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
 from repghost.errors import UserError
-from repghost.files import atomic_write, file_sha256, locked
+from repghost.files import atomic_write, file_sha256, locked, read_file
 from repghost.images import DecodeError, open_image
 
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 20_000_000  # ImageNet's has 0.2 million
 DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
 
 LONGEST_SCAN = 6 * 3600  # seconds that another process may take for an index: 10 million images on a slow disk
@@ -37,7 +38,7 @@ _FORMAT = 2  # of the cached indexes of others' shards
 
 def load_manifest(root: Path) -> dict[str, Any]:
     """manifest.json of a folder that data.write_shards wrote."""
-    return parse_manifest((root / MANIFEST).read_bytes(), root / MANIFEST)
+    return parse_manifest(read_file(root / MANIFEST, MANIFEST_BYTES), root / MANIFEST)
 
 
 def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
