@@ -109,21 +109,26 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a regular file.
 
-    Raises OSError for what cannot be read, for more bytes, and for what is no regular file: reading a pipe or a device
-    may wait or go on for ever.
+    Raises OSError for anything else: opening a pipe or reading a device may wait or go on for ever.
     """
     status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(status.st_mode):
-        folder = stat.S_ISDIR(status.st_mode)
-        reason = os.strerror(errno.EISDIR) if folder else "neither a regular file nor a link to one"
-        raise OSError(errno.EISDIR if folder else errno.EINVAL, reason, os.fspath(path))
-    if status.st_size > limit:
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return status
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError for what cannot be read or is more."""
+    size = regular_file(path).st_size
+    if size > limit:
         raise OSError(errno.EINVAL, f"larger than {limit / 1e6:,.0f} MB", os.fspath(path))
     with open(path, "rb") as file:
-        return file.read(status.st_size)
+        return file.read(size)
 
 
 def read_class_names(path: Path) -> list[str]:

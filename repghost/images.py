@@ -4,7 +4,7 @@ The preprocessing is that of evaluation, by torchvision's own transforms. Like t
 applied, transparency is dropped and grey becomes RGB with three equal channels; 16 bits become 8, and of several
 pictures in a file the first counts. Whatever reads an image, in `data` too, opens it by `open_image` or with `FORMATS`.
 Nothing here waits without an end or reads without a limit.
-Check: `pytest tests/test_predict.py`, which compares pixels with the validation loader's.
+Check: `pytest tests/test_images.py tests/test_predict.py`.
 """
 
 import errno
@@ -43,7 +43,7 @@ TIMEOUT = 30  # seconds without a byte from a server
 URL_SECONDS = 60  # for a whole image
 URL_BYTES = 100_000_000  # of an image; several times a camera's raw file
 FILE_BYTES = 500_000_000  # of an image file; about what PIL's limit of pixels is with 16 bits a channel, uncompressed
-LEFT_OUT = ("@eaDir", "__MACOSX")  # folders that a NAS or macOS fills with previews, beside the hidden ones
+LEFT_OUT = ("@eadir", "__macosx")  # folders that a NAS or macOS fills with previews, beside the hidden ones
 _KERNEL = ("/proc", "/sys", "/dev")  # what the kernel makes up: without an end, or waiting when it is read
 _opening = threading.Lock()  # warnings.catch_warnings is for one thread at a time
 
@@ -121,7 +121,7 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in LEFT_OUT)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.casefold() not in LEFT_OUT)
         for name in sorted(names):
             yield os.path.join(path, name)
 

@@ -147,7 +147,7 @@ PREPARED: dict[str, tuple[Damage, str]] = {
     "manifest a list": (content("manifest.json", lambda data: b"[%b]" % data), NOT_A_MANIFEST),
     "manifest too deep": (content("manifest.json", lambda data: b"[" * 100_000), NOT_A_MANIFEST),
     "manifest a folder": (replaced("manifest.json", Path.mkdir), r"manifest\.json: Is a directory"),
-    "manifest a pipe": (replaced("manifest.json", os.mkfifo), r"manifest\.json: neither a regular file nor a link"),
+    "manifest a pipe": (replaced("manifest.json", os.mkfifo), r"manifest\.json: not a regular file"),
     "manifest too large": (
         lambda root: os.truncate(root / "manifest.json", 10**12),
         r"manifest\.json: larger than 20 MB",

@@ -21,6 +21,7 @@ from PIL import Image
 
 from data.index import load_index, main
 from data.reader import ShardReader
+from data.write_shards.__main__ import main as write_shards_command
 from data.write_shards.folder import list_folder
 from data.write_shards.write import write_shards
 from repghost import files, images
@@ -206,6 +207,21 @@ def test_what_is_no_file_is_never_waited_for(case: str, tmp_path: Path, monkeypa
     with pytest.raises(UserError):
         read_class_names(path)
     assert list(image_files([tmp_path])) == ([] if case == "folder" else [str(path)])
+
+
+@pytest.mark.parametrize("layout", ["archives", "parquet"])
+def test_sources_that_are_no_files_are_not_waited_for(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {
+        "archives": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"),
+        "parquet": ("train-0.parquet", "validation-0.parquet"),
+    }[layout]
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    sources = [str(tmp_path / name) for name in names] if layout == "archives" else [str(tmp_path)]
+    assert write_shards_command([layout, *sources, str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith(f"{names[0]}: not a regular file\n")
 
 
 def test_a_file_has_a_limit(tmp_path: Path) -> None:
