@@ -39,7 +39,8 @@ class LoaderOptions:
 
     workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
     pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the (epoch, batch) to begin
-    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error.
+    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error. ranks: on
+    this machine, each with such a loader; they share its memory.
     """
 
     workers: int
@@ -47,6 +48,7 @@ class LoaderOptions:
     pin_memory: bool = False
     start: Callable[[], tuple[int, int]] = lambda: (0, 0)
     skip_bad: int = 0
+    ranks: int = 1
 
 
 class BadImage(UserError):

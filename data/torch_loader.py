@@ -26,6 +26,7 @@ from repghost.errors import UserError
 from repghost.training.signals import end_workers_at_exit, ignore_signals
 
 SHARED_MEMORY = "/dev/shm"  # where torch's workers put their batches on Linux
+SEMAPHORES = 1_000_000  # bytes there for the queues of the workers, a page each, with room to spare
 BATCHES_IN_USE = 3  # by the trainer, beside those that wait
 LONGEST_TMPDIR = 75  # bytes: a socket's 107 without "/pymp-12345678/listener-12345678"
 
@@ -75,12 +76,16 @@ class TorchLoader(DataLoader):
 
     def _check_shared_memory(self) -> None:
         """Raises UserError where the batches that workers hold ready do not fit: one of them would be killed."""
+        if not os.path.isdir(SHARED_MEMORY):
+            return
         batches = min(len(self), self.num_workers * self._options.prefetch + BATCHES_IN_USE)
-        needed = batches * self._batch_bytes
-        if os.path.isdir(SHARED_MEMORY) and needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        needed = batches * self._batch_bytes + SEMAPHORES
+        ranks, memory = self._options.ranks, shutil.disk_usage(SHARED_MEMORY)
+        if needed > memory.free or ranks * needed > memory.total:
             raise UserError(
-                f"{SHARED_MEMORY}: {free / 1e6:,.1f} MB are free, {self.num_workers} workers need {needed / 1e6:,.1f}: "
-                "enlarge it (docker run --shm-size=8g), or take fewer data.workers, or a smaller data.prefetch"
+                f"{SHARED_MEMORY}: {memory.free / 1e6:,.1f} MB are free, {ranks} x {self.num_workers} workers need "
+                f"{ranks * needed / 1e6:,.1f}: enlarge it (docker run --shm-size=8g), or take fewer data.workers, or a "
+                "smaller data.prefetch"
             )
 
 

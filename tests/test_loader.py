@@ -23,7 +23,7 @@ from data.datamodule import cpus_per_rank
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions, ShardReader, decode
 from data.sampling import NUM_UNIFORMS, RankSampler
-from data.torch_loader import TorchLoader, batch_bytes
+from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
 from repghost.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -214,13 +214,16 @@ def test_a_long_tmpdir_is_no_hindrance(index: Index, tmp_path: Path, monkeypatch
 
 
 def test_a_small_shared_memory_is_named_before_workers_start(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = SimpleNamespace(free=64_000)  # 2 workers with 2 batches each, and one more: all five of an epoch
+    usage = SimpleNamespace(free=64_000, total=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"^/dev/shm: 0\.1 MB are free, 2 workers need 0\.2"):
+    with pytest.raises(UserError, match=r"^/dev/shm: 0\.1 MB are free, 1 x 2 workers need 1\.2"):
         list(train_loader(index, workers=2))
     assert len(list(train_loader(index))) == 5, "without workers nothing is shared"
-    usage.free = 5 * batch_bytes(train_loader(index).dataset.crops)  # type: ignore[attr-defined]
+    crops = train_loader(index).dataset.crops  # type: ignore[attr-defined]
+    usage.free = usage.total = SEMAPHORES + 5 * batch_bytes(crops)  # all batches of the epoch
     assert len(list(train_loader(index, workers=2))) == 5
+    with pytest.raises(UserError, match=r"4 x 2 workers need"):
+        list(TorchLoader(crops, LoaderOptions(workers=2, prefetch=2, ranks=4)))
 
 
 def shares(rank: int, store: Path, cores: list[int]) -> tuple[int, int]:
