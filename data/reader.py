@@ -25,7 +25,7 @@ from data.crops import BatchCrops
 from data.index import Index
 from data.tars import why_unreadable
 from repghost.dataset import Batch
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.images import FORMATS, to_rgb
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> I
             if not left:
                 raise BadImage(f"{error} (data.skip_budget allows {allowed} bad image(s) per epoch)")
             left -= 1
-            log.warning("skipped: %s", error)
+            log.warning("skipped: %s", printable(error))
         yield batch
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.parallel import available_cpus, check_stop, run_parallel
 from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256, locked, read_file
 from repghost.images import DecodeError, open_image
 
@@ -177,7 +177,7 @@ def _verify_shard(task: tuple[str, np.ndarray, str | None]) -> list[str]:
                     raise DecodeError("its bytes have changed (checksum)")
                 open_image(data, decode=True)
             except DecodeError as error:
-                lines.append(f"{path}: {member_name(names, int(sample['offset']))}: {error}")
+                lines.append(f"{printable(path)}: {member_name(names, int(sample['offset']))}: {error}")
     if checksum is not None and not lines and file_sha256(path) != checksum:
         lines.append(f"{path}: its labels or tar headers have changed (checksum): copy it again")
     return lines

@@ -119,7 +119,7 @@ def report_unreadable(shards: Sequence[str], samples: np.ndarray) -> None:
         return
     first = samples[bad[0]]
     shard, offset = shards[first["shard"]], int(first["offset"])
-    name = f"{shard}: {member_name(member_names(shard), offset)}"
+    name = f"{printable(shard)}: {member_name(member_names(shard), offset)}"
     if len(bad) == len(samples):
         with open(shard, "rb") as file:
             reason = why_unreadable(os.pread(file.fileno(), int(first["size"]), offset))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data.parallel import check_stop
 from data.tars import scan_shard
 from data.write_shards.source import Entry
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256
 from repghost.images import DecodeError, open_image, to_rgb
 
@@ -93,7 +93,7 @@ def write_shard(task: Task) -> Shard:
                 skipped.append(entry.key)
                 if len(skipped) > task.skip_bad:
                     raise UserError(f"{entry}: {error}: replace it, or leave it out with --skip-bad") from None
-                tqdm.write(f"skipped {entry}: {error}", file=sys.stderr)
+                tqdm.write(printable(f"skipped {entry}: {error}"), file=sys.stderr)
                 continue
             converted += changed
             writer.write({"__key__": entry.key, extension: stored, "cls": b"%d" % entry.label})
