@@ -23,7 +23,8 @@ class BatchCrops:
     [N, NUM_UNIFORMS]. samples: int64 [M], rows of the index; M is less than N at the end of validation.
     windows: int64 [N, 4] of (top, left, height, width), what is cut from the stored image. sizes: int64 [N, 2] of
     (height, width), what the window is resized to. corners: int64 [N, 2] of (top, left), where the output begins in
-    that. bicubic: bool [N], otherwise bilinear. Rows from M on are those of an image of the output's size.
+    that. bicubic: bool [N], otherwise bilinear. Rows from M on are those of an image of the output's size; one that
+    cannot be opened, whose size in the index is 0, counts as a single pixel.
     """
 
     image_size: int
@@ -52,13 +53,13 @@ class RandomCrops:
         count, start = self.sampler.batch_size, self.sampler.start(batch)
         samples = epoch_order(self.seed, epoch, self.sampler.samples)[start : start + count]
         uniforms = sampling.uniforms(self.seed, epoch, start, count)
-        stored = self.index.samples[samples]
+        height, width = (np.maximum(self.index.samples[side][samples], 1) for side in ("height", "width"))
         return BatchCrops(
             image_size=self.image_size,
             positions=np.arange(start, start + count),
             uniforms=uniforms,
             samples=samples,
-            windows=crop_windows(uniforms, stored["height"], stored["width"], self.scale, self.ratio),
+            windows=crop_windows(uniforms, height, width, self.scale, self.ratio),
             sizes=np.full((count, 2), self.image_size),
             corners=np.zeros((count, 2), np.int64),
             bicubic=uniforms[:, sampling.INTERPOLATION] >= 0.5,  # timm's interpolation="random"
@@ -83,7 +84,7 @@ class CenterCrops:
         samples = np.arange(min(start, self.sampler.samples), min(start + count, self.sampler.samples))
         windows = np.tile([0, 0, self.image_size, self.image_size], (count, 1))
         for column, side in ((2, "height"), (3, "width")):
-            windows[: len(samples), column] = self.index.samples[side][samples]
+            windows[: len(samples), column] = np.maximum(self.index.samples[side][samples], 1)
         sizes = evaluation_sizes(windows[:, 2], windows[:, 3], int(self.image_size / self.crop_fraction))
         return BatchCrops(
             image_size=self.image_size,

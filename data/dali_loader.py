@@ -190,13 +190,15 @@ class DaliSource:
 
 
 def _read_as_pil_does(content: bytes) -> bool:
-    """Whether DALI gives PIL's pixels: not for a JPEG with four components, nor for a PNG of 16 bits a value.
+    """Whether DALI gives PIL's pixels: of JPEG without a fourth component, PNG of up to 8 bits a value, and WebP.
 
     A JPEG without its end marker may be cut off anywhere.
     """
     if content[:2] == b"\xff\xd8":
         return content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4
-    return not (content[:4] == b"\x89PNG" and content[24:25] == b"\x10")  # PNG specification, 11.2.1
+    if content[:4] == b"\x89PNG":
+        return content[24:25] != b"\x10"  # PNG specification, 11.2.1
+    return content[:4] == b"RIFF"
 
 
 def _build_pipeline(source: DaliSource, num_threads: int, prefetch: int, device_id: int | None) -> Any:

@@ -111,7 +111,8 @@ class ImageNetData(DataModule):
             print_rank_zero(f"loader     {self.loader}")
         device = self._trainer.strategy.root_device
         pinned = device.type == "cuda"
-        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pinned, **options)
+        ranks = self._trainer.world_size // self._trainer.num_nodes
+        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pinned, ranks=ranks, **options)
         return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
 
     @property

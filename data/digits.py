@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from data.write_shards.write import write_folder
+from repghost.files import locked
 
 VALIDATION_EVERY = 6
 PIXELS = 32
@@ -22,7 +22,7 @@ def prepare_digits(cache: Path) -> Path:
     """The folder of shards `cache`/digits, written on first use while other processes wait."""
     shards = Path(cache).expanduser() / "digits"
     shards.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(shards.with_suffix(".lock")):
+    with locked(shards.with_suffix(".lock"), "writing the digits", limit=600):
         if not (shards / "manifest.json").exists():
             with tempfile.TemporaryDirectory(dir=shards.parent) as images:
                 _write_images(Path(images))

@@ -95,7 +95,8 @@ def load_index(
 
 def _summary(index: Index) -> str:
     rows = index.samples
-    sides = np.stack([rows["width"], rows["height"]])
+    opened = rows[rows["height"] > 0]
+    sides = np.stack([opened["width"], opened["height"]])
     width, height = np.median(sides, axis=1)
     return (
         f"{index.split}: {len(index):,} images in {len(index.shards):,} shards, "

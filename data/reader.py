@@ -23,9 +23,10 @@ from torch.nn.functional import interpolate
 
 from data.crops import BatchCrops
 from data.index import Index
+from data.tars import why_unreadable
 from repghost.dataset import Batch
-from repghost.errors import UserError
-from repghost.images import to_rgb
+from repghost.errors import UserError, printable
+from repghost.images import FORMATS, to_rgb
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class LoaderOptions:
 
     workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
     pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the (epoch, batch) to begin
-    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error.
+    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error. ranks: on
+    this machine, each with such a loader; they share its memory.
     """
 
     workers: int
@@ -46,6 +48,7 @@ class LoaderOptions:
     pin_memory: bool = False
     start: Callable[[], tuple[int, int]] = lambda: (0, 0)
     skip_bad: int = 0
+    ranks: int = 1
 
 
 class BadImage(UserError):
@@ -98,6 +101,8 @@ class ShardReader:
             raise BadImage(f"{self.index.name(row)}: the shard ends inside this image")
         if zlib.crc32(content) != sample["crc32"]:
             raise BadImage(f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)")
+        if not sample["height"]:
+            raise BadImage(f"{self.index.name(row)}: {why_unreadable(content)}")
         return content
 
     def decode(self, row: int, content: bytes) -> Tensor:
@@ -136,7 +141,7 @@ def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> I
             if not left:
                 raise BadImage(f"{error} (data.skip_budget allows {allowed} bad image(s) per epoch)")
             left -= 1
-            log.warning("skipped: %s", error)
+            log.warning("skipped: %s", printable(error))
         yield batch
 
 
@@ -157,7 +162,7 @@ def decode(content: bytes) -> Tensor:
     if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
         encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 

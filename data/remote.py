@@ -15,25 +15,27 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from filelock import FileLock
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from data.shards import parse_manifest, split_entry
-from repghost.errors import DISK_FULL, UserError
-from repghost.files import TEMPORARY, atomic_write, file_sha256
+from data.shards import MANIFEST_BYTES, parse_manifest, split_entry
+from repghost.errors import DISK_FULL, UserError, printable
+from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
 
 T = TypeVar("T")
 File = dict[str, Any]  # as in the manifest: file (its name), sha256 and, for a shard, bytes
 
+INDEX_BYTES = 2_000_000_000  # of an index, 32 for each image
 _TRANSIENT = (408, 425, 429)  # HTTP: time-out, too early, too many requests; any other 4xx is final
 
 
@@ -42,13 +44,18 @@ class Limits:
     """How files are fetched.
 
     The waits between the attempts are `backoff` * 1, 2, 4, 8, 16: half a minute in all, and three and a half with a
-    server that stalls each time.
+    server that stalls each time. A server that is too slow is given up at once.
     """
 
     connections: int = 8  # files at once in each process
     timeout: float = 30.0  # seconds without a byte (HTTP)
+    slowest: float = 20_000.0  # bytes a second, on average, once `timeout` is over
     attempts: int = 6  # downloads of a file before it is given up
     backoff: float = 1.0  # seconds
+
+    def longest(self, size: int) -> float:
+        """Seconds after which a file of that many bytes is there or given up."""
+        return self.attempts * (self.timeout + size / max(self.slowest, 1)) + self.backoff * 2**self.attempts
 
 
 class _Stopped(Exception):
@@ -56,7 +63,7 @@ class _Stopped(Exception):
 
 
 class ChecksumError(Exception):
-    """A download is not what the manifest says."""
+    """A download is not what the manifest says, or larger."""
 
 
 def is_remote(root: object) -> bool:
@@ -73,7 +80,10 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     """
     remote = _Remote(url.rstrip("/"), limits or Limits())
     missing = "not there: a URL needs shards that python -m data.write_shards wrote; copy others to a local folder"
-    content = remote.fetch("manifest.json", missing, remote.storage.cat_file)
+    with TemporaryDirectory() as temporary:
+        local = Path(temporary, "manifest.json")
+        remote.fetch("manifest.json", missing, lambda path: remote.get(path, local, MANIFEST_BYTES))
+        content = local.read_bytes()
     where = f"{remote.url}/manifest.json"
     manifest = parse_manifest(content, where)
     digest = hashlib.sha256(content).hexdigest()
@@ -150,20 +160,33 @@ class _Remote:
     def download(self, file: File, folder: Path) -> None:
         """Brings one file to its place, verified, unless another process did so in the meantime."""
 
+        size = file.get("bytes", INDEX_BYTES)
+
         def download(path: str) -> None:
             with atomic_write(folder / file["file"]) as output:
-                self.storage.get_file(path, output.name, callback=Callback(hooks={"stop": self._check_stop}))
+                self.get(path, output.name, size)
                 if file_sha256(output.name) != file["sha256"]:
                     raise ChecksumError("not what manifest.json there describes: upload both again")
 
-        with FileLock(folder / "locks" / f"{file['file']}.lock").acquire(cancel_check=self.stop.is_set):
+        lock, limit = folder / "locks" / f"{file['file']}.lock", self.limits.longest(size)
+        with locked(lock, f"downloading {file['file']}", limit, self.stop.is_set):
             if not _is_there(folder, file):
                 self.fetch(file["file"], "not there, but the manifest lists it: upload it again", download)
 
-    def _check_stop(self, *_: object) -> None:
-        """Called for every piece of a file that arrives."""
-        if self.stop.is_set():
-            raise _Stopped
+    def get(self, path: str, target: str | Path, size: int) -> None:
+        """Copies one file of the storage, which ends early at more than `size` bytes and at fewer than `slowest`."""
+        limits, start = self.limits, time.monotonic()
+
+        def check(_: object, received: int) -> None:
+            """Called for every piece of the file that arrives."""
+            if self.stop.is_set():
+                raise _Stopped
+            if received > size:
+                raise ChecksumError(f"more than the {size:,} bytes that are expected")
+            if received < limits.slowest * (time.monotonic() - start - limits.timeout):
+                raise UserError(f"slower than {limits.slowest / 1000:,.0f} kB/s: start again to resume")
+
+        self.storage.get_file(path, str(target), callback=Callback(hooks={"check": check}))
 
     def fetch(self, name: str, missing: str, action: Callable[[str], T]) -> T:
         """What `action` makes of a file's path in the storage, at the first attempt that succeeds."""
@@ -176,10 +199,12 @@ class _Remote:
             except FileNotFoundError:
                 raise UserError(f"{url}: {missing}") from None
             except Exception as error:  # every storage has exceptions of its own
+                if isinstance(error, UserError):
+                    raise UserError(f"{url}: {error}") from None
                 if isinstance(error, _Stopped) or getattr(error, "errno", None) in DISK_FULL:
                     raise
                 status = getattr(error, "status", 0)
-                reason = " ".join(f"{type(error).__name__} {error}".split())
+                reason = printable(" ".join(f"{type(error).__name__} {error}".split()))[:300]
                 if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _TRANSIENT):
                     raise UserError(f"{url}: refused ({reason})") from None
         raise UserError(f"{url}: {reason} (given up after {self.limits.attempts} attempts): start again to resume")

@@ -16,19 +16,21 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.parallel import available_cpus, check_stop, run_parallel
-from data.tars import DecodeError, member_name, member_names, open_image, read_rows, scan_shard
-from repghost.errors import UserError
-from repghost.files import atomic_write, file_sha256
+from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
+from repghost.errors import UserError, printable
+from repghost.files import atomic_write, file_sha256, locked, read_file
+from repghost.images import DecodeError, open_image
 
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 20_000_000  # ImageNet's has 0.2 million
 DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
 
-_FORMAT = 1  # of the cached indexes of others' shards
+LONGEST_SCAN = 6 * 3600  # seconds that another process may take for an index: 10 million images on a slow disk
+_FORMAT = 2  # of the cached indexes of others' shards
 
 
 # -- shards that data.write_shards wrote -------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ _FORMAT = 1  # of the cached indexes of others' shards
 
 def load_manifest(root: Path) -> dict[str, Any]:
     """manifest.json of a folder that data.write_shards wrote."""
-    return parse_manifest((root / MANIFEST).read_bytes(), root / MANIFEST)
+    return parse_manifest(read_file(root / MANIFEST, MANIFEST_BYTES), root / MANIFEST)
 
 
 def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
@@ -120,12 +122,12 @@ def scanned_samples(shards: Sequence[str], cache: Path) -> np.ndarray:
     key = [(os.path.realpath(s), st.st_size, st.st_mtime_ns) for s, st in zip(shards, states, strict=True)]
     path = cache / "index" / f"{hashlib.sha256(repr((_FORMAT, key)).encode()).hexdigest()[:32]}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock"), "indexing the same shards", LONGEST_SCAN):
         if not path.exists():
             samples = _scan(shards)
             with atomic_write(path) as file:
                 np.save(file, samples)
-        return read_rows(path, [state.st_size for state in states])
+        return read_rows(path, [state.st_size for state in states], scanned=True)
 
 
 def _scan(shards: Sequence[str]) -> np.ndarray:
@@ -140,7 +142,9 @@ def _scan(shards: Sequence[str]) -> np.ndarray:
                     raise UserError(f"{shards[number]}: key {key} is also in {Path(shards[shard_of[key]]).name}")
             found["shard"] = number
             rows[number] = found
-    return np.concatenate([rows[number] for number in range(len(shards))])
+    samples = np.concatenate([rows[number] for number in range(len(shards))])
+    report_unreadable(shards, samples)
+    return samples
 
 
 # -- damage, for python -m data.index SHARDS --verify ------------------------------------------------------------------
@@ -173,7 +177,7 @@ def _verify_shard(task: tuple[str, np.ndarray, str | None]) -> list[str]:
                     raise DecodeError("its bytes have changed (checksum)")
                 open_image(data, decode=True)
             except DecodeError as error:
-                lines.append(f"{path}: {member_name(names, int(sample['offset']))}: {error}")
+                lines.append(f"{printable(path)}: {member_name(names, int(sample['offset']))}: {error}")
     if checksum is not None and not lines and file_sha256(path) != checksum:
         lines.append(f"{path}: its labels or tar headers have changed (checksum): copy it again")
     return lines

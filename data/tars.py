@@ -3,11 +3,10 @@
 Check: `pytest tests/test_index.py tests/test_faults.py`.
 """
 
-import io
+import logging
 import os
 import re
 import tarfile
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,43 +14,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from data.parallel import check_stop
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
+from repghost.images import FILE_BYTES, DecodeError, open_image
 
-# One row for each sample, 32 bytes. height and width are as stored (EXIF orientation is not applied).
+log = logging.getLogger(__name__)
+
+# One row for each sample, 32 bytes. height and width are as stored (EXIF orientation is not applied); both are 0 for a
+# member of a foreign shard that is named like an image and cannot be opened as one: a bad image, known from the start.
 SAMPLE = np.dtype(
     {"names": ["offset", "shard", "size", "height", "width", "crc32", "label"], "formats": ["<i8", *5 * ["<u4"], "<i4"]}
 )
+LABEL_BYTES = 1000  # of a class number, which has nine digits
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 # webdataset's rule: the key ends at the first dot of the file name.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 # What tarfile raises on damaged headers: sizes that no file or memory has, words for numbers.
 TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, OSError)
-
-
-class DecodeError(ValueError):
-    """Bytes that PIL does not decode; the message is the reason, on one line."""
-
-
-def open_image(data: bytes, decode: bool) -> Image.Image:
-    """The image in `data`, header only or fully decoded. Raises DecodeError, also for decompression bombs."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd EXIF data
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            if decode:
-                image.load()
-            return image
-    except UnidentifiedImageError:
-        raise DecodeError("not an image in a known format") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's decoders raise anything on damaged data
-        raise DecodeError(" ".join(f"{type(error).__name__}: {error}".split())) from None
 
 
 def member_names(path: str | Path) -> dict[int, str]:
@@ -70,16 +51,11 @@ def member_name(names: Mapping[int, str], offset: int) -> str:
     return printable(names[offset]) if offset in names else f"(no tar header before byte {offset})"
 
 
-def printable(name: str) -> str:
-    """`name` on one line and in characters that every stream takes: others are escaped as in a Python string."""
-    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
-
-
 def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     """[n] of SAMPLE (with shard 0) and the n keys of one tar, in the order of the image members.
 
-    Every byte is read once for the checksum; of the images only the headers are parsed. Members that are
-    neither an image nor a label are ignored.
+    Every byte is read once for the checksum; of the images only the headers are parsed. One that cannot be opened has
+    height and width 0. Members that are neither an image nor a label are ignored.
     """
     images: dict[str, tuple[int, ...]] = {}
     labels: dict[str, int] = {}
@@ -102,6 +78,8 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
                     key, extension = match[1], match[2].lower()
                     if extension not in kinds:
                         continue
+                    if member.size > (LABEL_BYTES if extension == "cls" else FILE_BYTES):
+                        raise UserError(f"{path}: {printable(member.name)} has {member.size:,} bytes: too large")
                     check_stop()
                     found, read = kinds[extension]
                     if key in found:
@@ -129,9 +107,33 @@ def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...
     """A row of SAMPLE without the label."""
     try:
         width, height = open_image(data, decode=False).size
-    except DecodeError as error:
-        raise UserError(f"{path}: {printable(member.name)}: {error}") from None
+    except DecodeError:
+        width = height = 0
     return member.offset_data, 0, member.size, height, width, zlib.crc32(data)
+
+
+def report_unreadable(shards: Sequence[str], samples: np.ndarray) -> None:
+    """Warns of the images in `samples` ([N] of SAMPLE) that cannot be opened; UserError when all are such."""
+    bad = np.flatnonzero(samples["height"] == 0)
+    if not len(bad):
+        return
+    first = samples[bad[0]]
+    shard, offset = shards[first["shard"]], int(first["offset"])
+    name = f"{printable(shard)}: {member_name(member_names(shard), offset)}"
+    if len(bad) == len(samples):
+        with open(shard, "rb") as file:
+            reason = why_unreadable(os.pread(file.fileno(), int(first["size"]), offset))
+        raise UserError(f"{name}: {reason}; nor is there any other image that can be opened")
+    log.warning("%d of %d images cannot be opened, the first is %s", len(bad), len(samples), name)
+
+
+def why_unreadable(data: bytes) -> str:
+    """Why an image whose height and width are 0 in the index cannot be used."""
+    try:
+        open_image(data, decode=False)
+    except DecodeError as error:
+        return str(error)
+    return "could not be opened when it was indexed"
 
 
 def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | None = None) -> None:
@@ -148,8 +150,11 @@ def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | No
             raise UserError(f"{path}: its tar ends at byte {tar.offset}, but there is more: copy it again")
 
 
-def read_rows(path: Path, sizes: Sequence[int]) -> np.ndarray:
-    """[N] of SAMPLE from the file of an index, each row within its shard. sizes: bytes of each shard."""
+def read_rows(path: Path, sizes: Sequence[int], scanned: bool = False) -> np.ndarray:
+    """[N] of SAMPLE from the file of an index, each row within its shard.
+
+    sizes: bytes of each shard. scanned: by scan_shard, so that there may be images that cannot be opened.
+    """
     try:
         with open(path, "rb") as file:
             rows = np.lib.format.read_array(file)
@@ -158,7 +163,8 @@ def read_rows(path: Path, sizes: Sequence[int]) -> np.ndarray:
     if rows.dtype != SAMPLE or rows.ndim != 1 or not len(rows):
         raise UserError(f"{path}: not an index of images, but {rows.dtype} {list(rows.shape)}")
     last = np.array([*sizes, -1])[np.minimum(rows["shard"], len(sizes))] - rows["size"]  # -1: there is no such shard
-    wrong = (rows["offset"] < 0) | (rows["offset"] > last) | (rows["height"] == 0) | (rows["width"] == 0)
+    empty = (rows["height"] == 0) | (rows["width"] == 0)
+    wrong = (rows["offset"] < 0) | (rows["offset"] > last) | (empty & (not scanned))
     if wrong.any():
         what = f"image {wrong.argmax()} has no pixels or lies outside of its shard"
         raise UserError(f"{path}: {what}: remove it and make it again")

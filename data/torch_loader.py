@@ -5,6 +5,11 @@ a row without an image has label -1.
 Check: `pytest tests/test_loader.py`.
 """
 
+import mmap
+import multiprocessing.util
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +20,15 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops
 from data.reader import LoaderOptions, ShardReader, resize, within_budget
+from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
+from repghost.errors import UserError
 from repghost.training.signals import end_workers_at_exit, ignore_signals
+
+SHARED_MEMORY = "/dev/shm"  # where torch's workers put their batches on Linux
+SEMAPHORES = 1_000_000  # bytes there for the queues of the workers, a page each, with room to spare
+BATCHES_IN_USE = 3  # by the trainer, beside those that wait
+LONGEST_TMPDIR = 75  # bytes: a socket's 107 without "/pymp-12345678/listener-12345678"
 
 
 class TorchLoader(DataLoader):
@@ -28,6 +40,7 @@ class TorchLoader(DataLoader):
         self._options = options
         if options.workers:
             end_workers_at_exit()
+        self._batch_bytes = batch_bytes(crops)
         super().__init__(
             CroppedBatches(crops),
             sampler=self._batches_left,
@@ -48,6 +61,9 @@ class TorchLoader(DataLoader):
         yield from within_budget(self._batches(), self._options.skip_bad)
 
     def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
+        if self.num_workers and self._iterator is None:
+            self._check_shared_memory()
+            short_socket_names()
         try:
             yield from super().__iter__()
         except RuntimeError as error:
@@ -57,6 +73,44 @@ class TorchLoader(DataLoader):
         except (ConnectionError, EOFError):
             _forget_workers(self)
             raise RuntimeError("DataLoader worker (pid unknown) was killed while it handed a batch over") from None
+
+    def _check_shared_memory(self) -> None:
+        """Raises UserError where the batches that workers hold ready do not fit: one of them would be killed."""
+        if not os.path.isdir(SHARED_MEMORY):
+            return
+        batches = min(len(self), self.num_workers * self._options.prefetch + BATCHES_IN_USE)
+        needed = batches * self._batch_bytes + SEMAPHORES
+        ranks, memory = self._options.ranks, shutil.disk_usage(SHARED_MEMORY)
+        if needed > memory.free or ranks * needed > memory.total:
+            raise UserError(
+                f"{SHARED_MEMORY}: {memory.free / 1e6:,.1f} MB are free, {ranks} x {self.num_workers} workers need "
+                f"{ranks * needed / 1e6:,.1f}: enlarge it (docker run --shm-size=8g), or take fewer data.workers, or a "
+                "smaller data.prefetch"
+            )
+
+
+def batch_bytes(crops: Crops) -> int:
+    """What a batch takes in shared memory, where each of its tensors is a file of whole pages."""
+    rows = crops.sampler.batch_size
+    tensors = (3 * crops.image_size**2 * rows, 8 * rows, 8 * rows, 4 * NUM_UNIFORMS * rows)
+    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in tensors)
+
+
+def short_socket_names() -> None:
+    """Lets this process and its workers keep their sockets in /tmp where TMPDIR is too long for them.
+
+    A socket's name has at most 107 bytes. With a longer one, a worker fails where nobody sees it, and its batches never
+    arrive. Python 3.14 does so by itself.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TMPDIR:
+        return
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # made once, and known to the workers
+    except OSError as error:
+        raise UserError(f"TMPDIR={before} is too long for sockets, and /tmp cannot be used: {error.strerror}") from None
+    finally:
+        tempfile.tempdir = before
 
 
 class CroppedBatches(Dataset):

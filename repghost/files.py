@@ -1,17 +1,32 @@
-"""How files are written: whole or not at all, and tables as CSV. Check: `pytest tests/test_checkpoint.py`."""
+"""How files are read (with a limit), locked, and written (whole or not at all), and tables as CSV.
 
+Check: `pytest tests/test_checkpoint.py tests/test_faults.py`.
+"""
+
+import codecs
 import csv
+import errno
 import hashlib
 import io
+import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from unicodedata import category
+
+from filelock import FileLock, Timeout
 
 from repghost.errors import DISK_FULL, UserError, chain
 
+log = logging.getLogger(__name__)
+
 TEMPORARY = ".tmp"  # ending of files that are being written
+CLASS_NAMES_BYTES = 10_000_000  # of a file of class names; WordNet's 117,659 synsets with all their words take 4
+LOCK_NOTICE = 5.0  # seconds of waiting for a lock after which a line says so
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @contextmanager
@@ -46,6 +61,36 @@ def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO
         os.close(folder)
 
 
+@contextmanager
+def locked(path: str | Path, what: str, limit: float, cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
+    """Holds the lock file `path`, so that one process at a time is `what` ("indexing the same shards").
+
+    The lock of a process that died is free. One that is held is waited for, which a line says after LOCK_NOTICE
+    seconds, for `limit` seconds at most. Raises UserError then and where a file system has no locks, and filelock's
+    Timeout once `cancelled`.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(min(LOCK_NOTICE, limit), cancel_check=cancelled)
+        except Timeout:
+            if limit > LOCK_NOTICE and not (cancelled and cancelled()):
+                log.warning("waiting for another process, which is %s (it holds %s)", what, path)
+            lock.acquire(max(0.0, limit - LOCK_NOTICE), cancel_check=cancelled)
+    except Timeout:
+        if cancelled and cancelled():
+            raise
+        raise UserError(f"{path}: held for {limit:,.0f} s by another process, which is {what}: end it first") from None
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise UserError(f"{path}: cannot be locked ({error.strerror}): use a folder of another file system") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Removes what writers that were killed left under `folder`."""
     for path in Path(folder).rglob(f".*{TEMPORARY}"):
@@ -64,15 +109,49 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def regular_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a regular file.
+
+    Raises OSError for anything else: opening a pipe or reading a device may wait or go on for ever.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return status
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError for what cannot be read or is more."""
+    size = regular_file(path).st_size
+    if size > limit:
+        raise OSError(errno.EINVAL, f"larger than {limit / 1e6:,.0f} MB", os.fspath(path))
+    with open(path, "rb") as file:
+        return file.read(size)
+
+
 def read_class_names(path: Path) -> list[str]:
-    """The class names in a text file, one a line; blank lines do not count. Raises UserError for an unreadable file."""
+    """The class names in a text file, one a line; spaces around them and blank lines do not count.
+
+    The file is UTF-8, or UTF-16 with a byte order mark. Raises UserError for a file that cannot be read, a name that is
+    there twice, and one that does not fit on a line.
+    """
     try:
-        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+        content = read_file(path.expanduser(), CLASS_NAMES_BYTES)
+        text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text with a class name on each line") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    return [line.strip() for line in lines if line.strip()]
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if name := line.strip():
+            if any(category(c) in ("Cc", "Zl", "Zp") for c in name):  # control characters, separators of lines
+                raise UserError(f"{path}: line {number} is {name[:40]!a}, not a name that can be printed")
+            if numbers.setdefault(name, number) != number:
+                raise UserError(f"{path}: {name} is the name of two classes, in lines {numbers[name]} and {number}")
+    return list(numbers)
 
 
 def read_table(path: str | Path, columns: Collection[str], what: str) -> list[dict[str, str]]:

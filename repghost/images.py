@@ -1,30 +1,55 @@
 """Image files outside of shards: finding them, reading them, and what evaluation does to their pixels.
 
 The preprocessing is that of evaluation, by torchvision's own transforms. Like there, the EXIF orientation is not
-applied, transparency is dropped and grey becomes RGB with three equal channels; 16 bits become 8.
-Check: `pytest tests/test_predict.py`, which compares pixels with the validation loader's.
+applied, transparency is dropped and grey becomes RGB with three equal channels; 16 bits become 8, and of several
+pictures in a file the first counts. Whatever reads an image, in `data` too, opens it by `open_image` or with `FORMATS`.
+Nothing here waits without an end or reads without a limit.
+Check: `pytest tests/test_images.py tests/test_predict.py`.
 """
 
+import errno
 import io
 import os
 import tarfile
+import threading
+import time
+import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from urllib.request import Request, urlopen
+from string import punctuation
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import v2
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
+from repghost.files import read_file
 from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 
+if TYPE_CHECKING:
+    from torchvision.transforms.v2 import Compose
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What is opened as an image, by PIL's names: the formats of EXTENSIONS. PIL knows many more, and goes by the content:
+# an EPS named a.jpg would be run by Ghostscript. MPO, which cameras write, is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SCHEMES = ("http://", "https://", "file://")  # what is read as a URL
 TIMEOUT = 30  # seconds without a byte from a server
+URL_SECONDS = 60  # for a whole image
+URL_BYTES = 100_000_000  # of an image; several times a camera's raw file
+FILE_BYTES = 500_000_000  # of an image file; about what PIL's limit of pixels is with 16 bits a channel, uncompressed
+LEFT_OUT = ("@eadir", "__macosx")  # folders that a NAS or macOS fills with previews, beside the hidden ones
+_KERNEL = ("/proc", "/sys", "/dev")  # what the kernel makes up: without an end, or waiting when it is read
+_opening = threading.Lock()  # warnings.catch_warnings is for one thread at a time
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image, or one that cannot be used; the message is the reason, on one line."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +70,17 @@ class Preprocessing:
         """Of the resized image, in pixels."""
         return int(self.image_size / self.crop_fraction)
 
-    def transform(self) -> v2.Compose:
+    def transform(self) -> "Compose":
         """PIL image or uint8 [..., 3, H, W] to normalized float32 [..., 3, image_size, image_size]."""
+        import torch  # slow to import, and not needed to read an image
+        from torchvision.transforms import v2
+
         resized = (v2.ToImage(), v2.Resize(self.shorter_side, v2.InterpolationMode.BICUBIC, antialias=True))
         normalized = (v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std))
         return v2.Compose([*resized, v2.CenterCrop(self.image_size), *normalized, v2.ToPureTensor()])
+
+
+# --- finding files --------------------------------------------------------------------------------
 
 
 def image_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
@@ -66,31 +97,6 @@ def is_url(path: str) -> bool:
     return path.startswith(SCHEMES)
 
 
-def read_image(path: str) -> Image.Image:
-    """The image in a file or at a URL, in RGB. Raises OSError or what PIL raises for content that is no image."""
-    if is_url(path):
-        # Some servers refuse clients without a name.
-        with urlopen(Request(path, headers={"User-Agent": "repghost"}), timeout=TIMEOUT) as answer:
-            return decode(answer.read())
-    return decode(Path(path).read_bytes())
-
-
-def decode(content: bytes) -> Image.Image:
-    """The image in the content of a file, in RGB."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError:  # PIL's message names the buffer
-        raise UnidentifiedImageError("in no image format that PIL knows") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL's conversion to RGB, but 16 bits are scaled to 8, where PIL clips: most of such an image would be white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
 def is_image(path: str) -> bool:
     """Whether a file has an image's extension and is not hidden; macOS writes a "._a.jpg" beside a.jpg."""
     name = os.path.basename(path)
@@ -98,24 +104,138 @@ def is_image(path: str) -> bool:
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Every file below `folder`, sorted by name within every folder, without those in hidden folders.
+    """Every file below `folder`, sorted by name within every folder, without those in hidden folders and LEFT_OUT.
 
-    Links are followed, except to a folder that was visited before or that contains `folder`. Raises UserError for a
-    folder that cannot be read.
+    Links are followed, except to a folder that was visited before or that contains `folder`, and into the kernel's.
+    Raises UserError for a folder that cannot be read.
     """
+    if _of_kernel(os.path.realpath(folder)):
+        raise UserError(f"{printable(os.fspath(folder))}: a folder of the system, not of images")
     visited = {str(parent) for parent in Path(folder).resolve().parents}
 
     def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}")
+        raise UserError(f"{printable(os.fsdecode(error.filename))}: {error.strerror}")
 
     for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(path)) in visited:
+        if (real := os.path.realpath(path)) in visited or _of_kernel(real):
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name.casefold() not in LEFT_OUT)
         for name in sorted(names):
             yield os.path.join(path, name)
+
+
+def _of_kernel(path: str) -> bool:
+    """Whether a real path lies where files are made up as they are read; /dev/shm is an ordinary folder in memory."""
+    return any(path == top or path.startswith(f"{top}/") for top in _KERNEL) and not path.startswith("/dev/shm")
+
+
+# --- reading them ---------------------------------------------------------------------------------
+
+
+def read_image(path: str) -> Image.Image:
+    """The image in a file or at a URL, in RGB.
+
+    Raises OSError, also for what is no regular file, for more than FILE_BYTES (URL_BYTES) and for a server that takes
+    longer than URL_SECONDS; ValueError for a URL that is none; and DecodeError.
+    """
+    if path.startswith("file://"):
+        path = url2pathname(urlsplit(path).path)
+    return decode(_download(path) if is_url(path) else read_file(path, FILE_BYTES))
+
+
+def _download(url: str) -> bytes:
+    """What a server answers, in a thread that nobody waits for any longer than URL_SECONDS."""
+    answered: Future[bytes] = Future()
+
+    def read() -> None:
+        try:
+            answered.set_result(_read_url(url))
+        except Exception as error:
+            answered.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    if not wait([answered], URL_SECONDS).done:
+        raise TimeoutError(errno.ETIMEDOUT, f"not read within {URL_SECONDS} s", url)
+    return answered.result()
+
+
+def _read_url(url: str) -> bytes:
+    content, end = bytearray(), time.monotonic() + URL_SECONDS
+    # Umlauts and spaces are sent as browsers do. Some servers refuse clients without a name.
+    request = Request(quote(url, safe=punctuation), headers={"User-Agent": "repghost"})
+    with urlopen(request, timeout=TIMEOUT) as answer:
+        while (piece := answer.read1(2**16)) and time.monotonic() < end:
+            content += piece
+            if len(content) > URL_BYTES:
+                raise OSError(errno.EINVAL, f"larger than {URL_BYTES / 1e6:,.0f} MB", url)
+    return bytes(content)
+
+
+# --- from bytes to pixels -------------------------------------------------------------------------
+
+
+def open_image(data: bytes, decode: bool) -> Image.Image:
+    """The image in `data`, header only or fully decoded.
+
+    Raises DecodeError for other formats than FORMATS, damage, decompression bombs and pixels without a fixed range.
+    """
+    try:
+        with _opening, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks about odd EXIF data
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if decode:
+                image.load()
+        _check_range(image)
+        return image
+    except UnidentifiedImageError:
+        raise DecodeError("not an image in a known format") from None
+    except (MemoryError, DecodeError):
+        raise
+    except Exception as error:  # PIL's decoders raise anything on damaged data
+        raise DecodeError(" ".join(printable(f"{type(error).__name__}: {error}").split())) from None
+
+
+def decode(content: bytes) -> Image.Image:
+    """The image in the content of a file, in RGB. Raises DecodeError."""
+    image = open_image(content, decode=False)
+    try:
+        return to_rgb(image)
+    except (MemoryError, DecodeError):
+        raise
+    except Exception as error:
+        raise DecodeError(" ".join(printable(f"{type(error).__name__}: {error}").split())) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """PIL's conversion to RGB, but 16 bits are scaled to 8, where PIL clips: most of such an image would be white.
+
+    Raises DecodeError for pixels without a fixed range and for a mode without such a conversion, and what PIL raises
+    for damage.
+    """
+    _check_range(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
+
+
+def _check_range(image: Image.Image) -> None:
+    """Raises DecodeError where nobody knows which value is white."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    # PIL opens a PGM of 16 bits as I, scaled to 65535.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
+        raise DecodeError("float and 32-bit images have no fixed range: save it with 8 or 16 bits a channel")
+    # Of 12 bits, or with 0 as white (TIFF 6.0, pages 29 and 37), which PIL gives as if they were not.
+    if image.mode.startswith("I;16") and tags and (tags.get(258) != (16,) or tags.get(262) != 1):
+        raise DecodeError("a TIFF of 12 bits or with 0 as white: save it with 8 or 16 bits a channel and 0 as black")
+
+
+# --- images for an export -------------------------------------------------------------------------
 
 
 def calibration_images(source: Path, count: int) -> list[Image.Image]:
@@ -124,14 +244,14 @@ def calibration_images(source: Path, count: int) -> list[Image.Image]:
     Those of a folder are spread evenly over all of it, because it is sorted by class; those of a shard are its first,
     because shards are shuffled. Raises UserError for a source without images, and for an image that cannot be read.
     """
-    if not source.exists():
+    if not source.is_dir() and not source.is_file():  # a pipe would be waited for
         raise UserError(f"{source}: no such folder or shard")
     images = []
     for name, content in islice(_contents(source, count), count):
         try:
             images.append(decode(content))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{name}: cannot be read as an image ({error})") from None
+        except DecodeError as error:
+            raise UserError(f"{printable(name)}: cannot be read as an image ({error})") from None
     if not images:
         raise UserError(f"{source}: no images in it; give a folder of images or a shard, which is a tar file")
     return images
@@ -142,12 +262,14 @@ def _contents(source: Path, count: int) -> Iterator[tuple[str, bytes]]:
     if source.is_dir():
         files = list(image_files([source]))
         for i in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int):
-            yield files[i], Path(files[i]).read_bytes()
+            yield files[i], read_file(files[i], FILE_BYTES)
         return
     try:
         with tarfile.open(source, "r|*") as tar:
             for member in tar:
                 if member.isfile() and is_image(member.name) and (file := tar.extractfile(member)):
+                    if member.size > FILE_BYTES:
+                        raise UserError(f"{source}: {printable(member.name)}: larger than {FILE_BYTES / 1e6:,.0f} MB")
                     yield f"{source}: {member.name}", file.read()
     except tarfile.TarError as error:
         raise UserError(f"{source}: not a shard, which is a tar file ({error})") from None

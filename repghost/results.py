@@ -20,10 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from repghost.errors import UserError, run_command
-from repghost.files import write_text
+from repghost.files import locked, write_text
 from repghost.reference import IMAGENET, published
 from repghost.text import as_cell, from_cell
 
@@ -55,7 +53,7 @@ def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[st
     cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
     cells |= {key: as_cell(str(cells[key])) for key in _TEXTS if cells[key] is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # sweep jobs may finish together
+    with locked(f"{path}.lock", "adding a row to it", limit=60):  # sweep jobs may finish together
         header, rows = _read_cells(path)
         header += [column for column in COLUMNS if column not in header]
         text = io.StringIO()

@@ -129,6 +129,9 @@ def test_decoding_equals_pil(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     files = variants()
     files["16 bits"] = encoded(Image.fromarray(np.arange(3600, dtype=np.uint16).reshape(60, 60) * 18), "png")
     files["with a tail"] = files["420"] + bytes(7)
+    for extension in ("gif", "bmp", "tif", "ppm"):
+        files[f"named jpg, {extension}"] = encoded(patch(3, 60, 90), extension)
+    files["16 bits of colour"] = b"P6 30 20 65535\n" + bytes(range(180)) * 20
     pixels = {n: encoded(to_rgb(Image.open(io.BytesIO(content))), "png") for n, content in files.items()}
     images, labels, *_ = next(iter(loader(DaliLoader, evaluation(indexed(tmp_path / "a", files), len(files)))))
     expected, *_ = next(iter(loader(TorchLoader, evaluation(indexed(tmp_path / "b", pixels), len(files)))))

@@ -34,6 +34,7 @@ from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions
 from data.sampling import RankSampler
+from data.shards import verify
 from data.tars import scan_shard
 from data.torch_loader import TorchLoader
 from data.write_shards.__main__ import main as write_shards
@@ -146,6 +147,11 @@ PREPARED: dict[str, tuple[Damage, str]] = {
     "manifest a list": (content("manifest.json", lambda data: b"[%b]" % data), NOT_A_MANIFEST),
     "manifest too deep": (content("manifest.json", lambda data: b"[" * 100_000), NOT_A_MANIFEST),
     "manifest a folder": (replaced("manifest.json", Path.mkdir), r"manifest\.json: Is a directory"),
+    "manifest a pipe": (replaced("manifest.json", os.mkfifo), r"manifest\.json: not a regular file"),
+    "manifest too large": (
+        lambda root: os.truncate(root / "manifest.json", 10**12),
+        r"manifest\.json: larger than 20 MB",
+    ),
     "manifest of another format": (manifest(lambda m: m.update(format=2)), NOT_A_MANIFEST + r"\(its format is 2\)"),
     "manifest without format": (manifest(lambda m: m.pop("format")), NOT_A_MANIFEST + r"\(no key 'format'\)"),
     "manifest without classes": (manifest(lambda m: m.pop("classes")), NOT_A_MANIFEST + r"\(no key 'classes'\)"),
@@ -236,11 +242,6 @@ def sample(key: str, label: object = 0, number: int = 0) -> list[Member]:
     return [(f"{key}.jpg", encoded(patch(number))), (f"{key}.cls", str(label).encode())]
 
 
-def image(data: bytes, extension: str = "jpg") -> bytes:
-    """A shard with a good sample and one of this image."""
-    return tar(*GOOD, (f"k1.{extension}", data), ("k1.cls", b"1"))
-
-
 def special(kind: bytes, name: str = "k1.jpg") -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, "good.jpg"
@@ -300,7 +301,11 @@ FOREIGN: dict[str, tuple[bytes | Damage, str]] = {
     "cls in other digits": (tar(*sample("k1", "\u0661")), r"x\.tar: k1\.cls is b'\\xd9"),
     "cls negative": (tar(*sample("k1", -1)), r"x\.tar: k1\.cls is b'-1', not a class number \(0, 1, 2"),
     "cls huge": (tar(*sample("k1", 10**30)), r"x\.tar: k1\.cls is b'1000.*, not a class number"),
-    "cls long": (tar(("k1.jpg", b""), ("k1.cls", b"1" * 10**6)), r"x\.tar: .*k1"),
+    "cls long": (tar(("k1.jpg", b""), ("k1.cls", b"1" * 10**6)), r"x\.tar: k1\.cls has 1,000,000 bytes: too large"),
+    "no image at all": (
+        tar(("a.jpg", b"<html>"), ("a.cls", b"0"), ("k1.jpg", b""), ("k1.cls", b"1")),
+        r"x\.tar: a\.jpg: not an image in a known format; nor is there any other image that can be opened",
+    ),
     "cls above the class names": (tar(*sample("k1", 3)), r"x\.tar: k1\.jpg: label 3, but there are 3 class names"),
     "key twice": (tar(*GOOD, *GOOD), r"x\.tar: key good is there twice"),
     "cls twice": (tar(*GOOD, GOOD[1]), r"x\.tar: key good is there twice"),
@@ -332,14 +337,6 @@ FOREIGN: dict[str, tuple[bytes | Damage, str]] = {
         header("pax", 512, tarfile.XHDTYPE) + b"25 GNU.sparse.map=one,two\n".ljust(512, b"\0") + WHOLE,
         NO_TAR,
     ),
-    "image of no bytes": (image(b""), r"x\.tar: k1\.jpg: not an image in a known format"),
-    "image a web page": (image(b"<html>404</html>"), r"x\.tar: k1\.jpg: not an image in a known format"),
-    "image only a marker": (image(b"\xff\xd8\xff"), r"x\.tar: k1\.jpg: "),
-    "png header cut": (image(encoded(patch(0), "png")[:20], "png"), r"x\.tar: k1\.png: "),
-    "png bomb": (image(png_header(60_000, 60_000), "png"), r"x\.tar: k1\.png: DecompressionBomb"),
-    "png bomb named jpg": (image(png_header(60_000, 60_000)), r"x\.tar: k1\.jpg: DecompressionBomb"),
-    "jpeg bomb": (image(jpeg_of_size(65_000, 65_000)), r"x\.tar: k1\.jpg: DecompressionBomb"),
-    "png without width": (image(png_header(0, 9), "png"), r"x\.tar: k1\.png: "),
     "image a folder": (tar(*GOOD, (special(tarfile.DIRTYPE), b""), ("k1.cls", b"1")), r"k1 has a \.cls but no image"),
     "image a link": (tar(*GOOD, (special(tarfile.SYMTYPE), b""), ("k1.cls", b"1")), r"k1 has a \.cls but no image"),
     "image a hard link": (tar(*GOOD, (special(tarfile.LNKTYPE), b""), ("k1.cls", b"1")), r"k1 has a \.cls but no imag"),
@@ -540,6 +537,18 @@ def broken_png() -> bytes:
 
 
 JPEG, PNG, WEBP = (encoded(patch(3, 100, 120), extension) for extension in ("jpg", "png", "webp"))
+UNREADABLE = {  # known from the header, when shards are indexed
+    "no bytes": (b"", "jpg"),
+    "a web page": (b"<html>404</html>", "jpg"),
+    "only a marker": (b"\xff\xd8\xff", "jpg"),
+    "png header cut": (PNG[:20], "png"),
+    "png bomb": (png_header(60_000, 60_000), "png"),
+    "png bomb named jpg": (png_header(60_000, 60_000), "jpg"),
+    "jpeg bomb": (jpeg_of_size(65_000, 65_000), "jpg"),
+    "png without width": (png_header(0, 9), "png"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "jpg"),
+    "a float image": (encoded(Image.new("F", (40, 40)), "tif"), "jpg"),
+}
 UNDECODABLE = {
     "jpeg cut in half": (cut(JPEG), "jpg"),
     "jpeg without its last bytes": (JPEG[:-40], "jpg"),
@@ -552,21 +561,23 @@ UNDECODABLE = {
     "png without pixels": (png_header(40, 40), "png"),
     "png named jpg, cut": (cut(PNG), "jpg"),
     "webp cut": (cut(WEBP), "webp"),
+    "gif named jpg, cut": (encoded(patch(3, 100, 120), "gif")[:500], "jpg"),
 }
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("case", UNDECODABLE)
-def test_images_of_others_that_do_not_decode(foreign: Callable[[bytes | Damage], Index], case: str, name: str) -> None:
-    data, extension = UNDECODABLE[case]
+@pytest.mark.parametrize("case", [*UNREADABLE, *UNDECODABLE])
+def test_images_of_others_that_do_not_decode(
+    foreign: Callable[[bytes | Damage], Index], caplog: pytest.LogCaptureFixture, case: str, name: str
+) -> None:
+    data, extension = {**UNREADABLE, **UNDECODABLE}[case]
     members = [member for i in range(4) for member in sample(f"good{i}", i % 3, i)]
-    shard = tar(*members, (f"k1.{extension}", data), ("k1.cls", b"1"))
-    try:
-        index = foreign(shard)
-    except UserError as error:  # some of them are known from the header
-        assert f"x.tar: k1.{extension}: " in str(error)
-    else:
-        check_faults(LOADERS[name], index, 1, rf"x\.tar: k1\.{extension}: ", None)
+    index = foreign(tar(*members, (f"k1.{extension}", data), ("k1.cls", b"1")))
+    said = re.search(rf"1 of 5 images cannot be opened, the first is .*/x\.tar: k1\.{extension}$", caplog.text, re.M)
+    assert bool(said) == (index.samples["height"][4] == 0) and (said or case in UNDECODABLE)
+    check_faults(LOADERS[name], index, 1, rf"x\.tar: k1\.{extension}: ", None)
+    (line,) = verify(index.shards, index.samples, [None], workers=1)
+    assert line.startswith(f"{index.shards[0]}: k1.{extension}: ")
 
 
 def test_a_header_that_changed_costs_no_image(copy: Path, tmp_path: Path) -> None:

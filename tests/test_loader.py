@@ -3,9 +3,12 @@
 import gc
 import io
 import os
+import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +23,8 @@ from data.datamodule import cpus_per_rank
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions, ShardReader, decode
 from data.sampling import NUM_UNIFORMS, RankSampler
-from data.torch_loader import TorchLoader
+from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
+from repghost.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -198,6 +202,28 @@ def test_the_private_parts_of_torch_that_are_used_exist(index: Index) -> None:
     for name in ("_worker_pids_set", "_shutdown", "_workers"):
         assert hasattr(loader._iterator, name), name
     assert callable(_remove_worker_pids)
+
+
+def test_a_long_tmpdir_is_no_hindrance(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / "of_a_job" / ("x" * 120)
+    long.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delitem(current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
+    assert len(list(train_loader(index, workers=1))) == 45 // 8
+    assert tempfile.gettempdir() == str(long)
+
+
+def test_a_small_shared_memory_is_named_before_workers_start(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=64_000, total=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"^/dev/shm: 0\.1 MB are free, 1 x 2 workers need 1\.2"):
+        list(train_loader(index, workers=2))
+    assert len(list(train_loader(index))) == 5, "without workers nothing is shared"
+    crops = train_loader(index).dataset.crops  # type: ignore[attr-defined]
+    usage.free = usage.total = SEMAPHORES + 5 * batch_bytes(crops)  # all batches of the epoch
+    assert len(list(train_loader(index, workers=2))) == 5
+    with pytest.raises(UserError, match=r"4 x 2 workers need"):
+        list(TorchLoader(crops, LoaderOptions(workers=2, prefetch=2, ranks=4)))
 
 
 def shares(rank: int, store: Path, cores: list[int]) -> tuple[int, int]:

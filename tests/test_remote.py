@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
@@ -26,7 +27,7 @@ from data.remote import Limits, download_shards, is_remote
 from repghost.errors import UserError, user_message
 
 QUICK = Limits(connections=2, timeout=60, attempts=3, backoff=0.01)
-IMPATIENT = replace(QUICK, timeout=1)
+IMPATIENT = replace(QUICK, timeout=1, slowest=0)
 SHARD = "train-000001.tar"
 Fault = str | int
 
@@ -74,6 +75,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, content, fault)
 
     def answer(self, status: int, body: bytes, fault: Fault | None = None) -> None:
+        if fault == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(2**16))
         if fault == "less":
             body = body[: len(body) // 2]
         if fault == "flip":
@@ -218,6 +225,12 @@ STAYING = {
         "less",
         f"{SHARD}: ChecksumError not what manifest.json there .*given up after 3 attempts",
     ),
+    "endless": (SHARD, "endless", f"{SHARD}: ChecksumError more than the [0-9,]+ bytes .*given up after 3 attempts"),
+    "endless manifest": (
+        "manifest.json",
+        "endless",
+        "manifest.json: ChecksumError more than the 20,000,000 bytes .*given up after 3 attempts",
+    ),
     "wrong bytes": (SHARD, "flip", f"{SHARD}: ChecksumError not what manifest.json there .*given up after 3 attempts"),
     "no manifest": ("manifest.json", 404, "/shards/manifest.json: not there: .* data.write_shards wrote"),
     "closed manifest": ("manifest.json", 401, "manifest.json: refused .*401"),
@@ -235,6 +248,13 @@ def test_a_fault_that_stays_is_one_error_that_names_the_file(server: Server, tmp
     final = isinstance(fault, int) and fault < 500
     assert server.requests.count(name) == (1 if final else QUICK.attempts)
     assert not list(tmp_path.glob(f"staged/*/{name}"))
+
+
+def test_a_server_that_is_too_slow_is_given_up(server: Server, tmp_path: Path) -> None:
+    """No server is that fast, and a slow one need not be waited for here."""
+    slow = replace(QUICK, timeout=60, slowest=1e15)
+    with pytest.raises(UserError, match=rf"{server.url}/manifest.json: slower than .* kB/s: start again to resume"):
+        download_shards(server.url, tmp_path, ["train"], replace(slow, timeout=0.0))
 
 
 def test_nobody_answers(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from data.parallel import available_cpus, run_parallel
 from data.tars import TAR_DAMAGE, check_tar_end
 from data.write_shards.source import Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
+from repghost.files import regular_file
 from repghost.images import is_image
 
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"  # in the devkit
@@ -41,6 +42,7 @@ def _path_of(role: str, paths: Sequence[str | Path]) -> str:
     if len(found) != 1:
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: {len(found)} of these names contain {role}: give the archives by their own names")
+    regular_file(found[0])
     return found[0]
 
 

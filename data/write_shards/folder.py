@@ -11,7 +11,8 @@ from pathlib import Path
 
 from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
-from repghost.images import EXTENSIONS, is_image, walk_files
+from repghost.files import read_file
+from repghost.images import EXTENSIONS, FILE_BYTES, is_image, walk_files
 
 
 def list_folder(root: str | Path, split: str | None = None) -> Listing:
@@ -107,4 +108,4 @@ def _list_images(folder: Path) -> tuple[list[tuple[str, int]], int]:
 def read_files(entries: Sequence[Entry]) -> Iterator[bytes]:
     """The bytes of images that are files of their own."""
     for entry in entries:
-        yield Path(entry.file).read_bytes()
+        yield read_file(entry.file, FILE_BYTES)

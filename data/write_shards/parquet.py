@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from data.parallel import check_stop
 from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys
 from repghost.errors import UserError
+from repghost.files import regular_file
 
 
 def list_parquet(root: str | Path) -> Listing:
@@ -86,6 +87,7 @@ def read_rows(entries: Sequence[Entry]) -> Iterator[bytes]:
 @contextmanager
 def _open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file; damage, also in what is read from it later, is a UserError."""
+    regular_file(path)
     try:
         with pq.ParquetFile(path) as file:
             yield file

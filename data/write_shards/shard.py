@@ -15,18 +15,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from data.parallel import check_stop
-from data.tars import DecodeError, open_image, scan_shard
+from data.tars import scan_shard
 from data.write_shards.source import Entry
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256
-from repghost.images import to_rgb
+from repghost.images import DecodeError, open_image, to_rgb
 
 # What is stored byte for byte, by PIL's name of the format. MPO is a JPEG with further pictures behind it.
 _EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+_PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ def finished_shard(task: Task) -> Shard | None:
 
 def write_shard(task: Task) -> Shard:
     """Writes one shard and its record. Runs in a worker process."""
+    from webdataset import TarWriter  # which imports torch, for which nobody who asks for --help should wait
+
     skipped: list[str] = []
     converted = 0
     # A fixed time and owner: the bytes depend on the images alone.
@@ -92,7 +93,7 @@ def write_shard(task: Task) -> Shard:
                 skipped.append(entry.key)
                 if len(skipped) > task.skip_bad:
                     raise UserError(f"{entry}: {error}: replace it, or leave it out with --skip-bad") from None
-                tqdm.write(f"skipped {entry}: {error}", file=sys.stderr)
+                tqdm.write(printable(f"skipped {entry}: {error}"), file=sys.stderr)
                 continue
             converted += changed
             writer.write({"__key__": entry.key, extension: stored, "cls": b"%d" % entry.label})

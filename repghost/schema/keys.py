@@ -276,8 +276,8 @@ class Evaluate(Shared):
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
     report: Report | Annotated[list[Report], Field(min_length=1)] | None = key(
-        "CSV files in the run's folder, or beside results: accuracy by class and confusions, every prediction",
-        json_schema_extra={"words": "one of classes, predictions, [classes,predictions], null"},
+        "files in the run's folder, or beside results: classes and predictions are CSV, confusion and worst pictures",
+        json_schema_extra={"words": "one of classes, predictions, confusion, worst, null, or several: [classes,worst]"},
     )
     test_set: Literal["imagenet_v2", "imagenet_real", "imagenet_a", "imagenet_r", "imagenet_sketch"] | None = key(
         "how labels count; set by data=imagenet_v2 and its siblings"
