@@ -16,7 +16,7 @@ from numpy.random import Philox
 
 from data.shards import split_folders
 from data.tars import printable
-from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys, with_class
+from data.write_shards.source import SPLITS, Entry, Listing, Source, is_class_name, unique_keys, with_class
 from repghost.errors import UserError
 from repghost.images import EXTENSIONS, is_image, walk_files
 
@@ -94,9 +94,9 @@ def _class_folders(folder: Path) -> list[str]:
         path = (folder / name).resolve()
         if name.startswith(".") or name.casefold() in _NO_CLASSES or path in above:
             continue
-        if name != name.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
-            what = "a class's name is one line of UTF-8 text, with no blank at its ends: rename the folder"
-            raise UserError(f"{printable(str(folder / name))!r}: {what}")
+        if not is_class_name(name):
+            what = "a class's name is one line of UTF-8 text, without blanks at its ends: rename the folder"
+            raise UserError(f"'{printable(str(folder / name))}': {what}")
         if (other := name_of.setdefault(path, name)) != name:
             raise UserError(f"{folder / name}: the same folder as {other}: its images would have two classes")
         if (other := written.setdefault(_composed(name), name)) != name:
@@ -145,7 +145,7 @@ def _draw_validation(root: Path, classes: Sequence[str], share: float, seed: int
     lonely = [classes[label] for label in np.flatnonzero(counts == 1).tolist()]
     if len(lonely) == len(classes):
         raise UserError(f"{root}: one image in each class: none is left for validation")
-    remarks = [f"no image of {len(lonely):,} classes, which have only one ({lonely[0]})"] * bool(lonely)
+    remarks = [f"{len(lonely):,} classes of a single image are in train only: {lonely[0]} ..."] if lonely else []
     train, val = ([e for e, drawn in zip(source.entries, validates, strict=True) if drawn == v] for v in (False, True))
     return [replace(source, entries=train), Source("val", val, read_files, remarks=remarks)]
 
