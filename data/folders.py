@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from data.shards import MANIFEST, load_manifest, split_folders, tars_in
 from data.write_shards.folder import list_folder
-from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing
+from data.write_shards.source import SPLITS, Listing
 from data.write_shards.write import write_shards
 from repghost.errors import UserError, print_rank_zero
 
@@ -52,9 +52,7 @@ def shards_of_images(root: Path, cache: Path, splits: Sequence[str]) -> Path:
                 if not _holds(out, splits):
                     print(f"{root}: writing its images as shards, once, to {out}", flush=True)
                     sources = [source for source in listing.sources if source.split in splits]
-                    few = sum(len(source.entries) for source in sources) <= IMAGES_PER_SHARD
-                    # Processes take seconds to start.
-                    write_shards(replace(listing, sources=sources), out, workers=1 if few else None)
+                    write_shards(replace(listing, sources=sources), out)
             finally:
                 lock.release()
         return out

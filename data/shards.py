@@ -176,7 +176,7 @@ def require_disjoint(shards: Mapping[str, Sequence[str]]) -> None:
     split_of: dict[str, str] = {}
     for split, paths in shards.items():
         for path in paths:
-            if (other := split_of.setdefault(os.path.realpath(path), split)) != split:
+            if (other := split_of.setdefault(os.path.abspath(path), split)) != split:
                 what = f"both a shard of {other} and of {split}"
                 raise UserError(f"{path}: {what}: name those of each with data.{other} and data.{split}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import share, whole_number
-from data.parallel import available_cpus
 from data.write_shards.archives import list_archives
 from data.write_shards.folder import list_folder, list_kaggle
 from data.write_shards.parquet import list_parquet
@@ -69,7 +68,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
     add("--resize", 1, None, None, "N", resize)
     add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
-    add("--workers", 1, None, available_cpus(), "N", "processes")
+    add("--workers", 1, None, None, "N", "processes (default: one a core, one for few images)")
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")
 
 

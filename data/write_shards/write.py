@@ -67,7 +67,7 @@ def write_shards(
     """Writes the images of `listing` to shards in `out` and returns the manifest.
 
     resize: images with a longer shorter side are reduced to this one in pixels (bicubic) and stored as JPEG of
-    `quality`; smaller ones stay as they are. workers: processes, None for one a core. skip_bad: how many images that do
+    `quality`; smaller ones stay as they are. workers: processes, None for one a core where there are many images. skip_bad: how many images that do
     not decode may be left out; one more ends the run. Raises UserError, and OSError when a file cannot be read or
     written.
     """
@@ -82,7 +82,7 @@ def write_shards(
             _check_plan(out, listing, options)
             remove_leftovers(out)
             tasks = {source.split: _tasks(source, out, options, skip_bad) for source in listing.sources}
-            shards = _write_missing(tasks, workers or available_cpus(), skip_bad, quiet)
+            shards = _write_missing(tasks, workers, skip_bad, quiet)
             manifest = _write_manifest(out, listing, options, shards)
     except Timeout:
         raise UserError(f"{out}: another process is writing there") from None
@@ -140,13 +140,17 @@ def _tasks(source: Source, out: Path, options: Options, skip_bad: int) -> list[T
     return tasks
 
 
-def _write_missing(tasks: dict[str, list[Task]], workers: int, skip_bad: int, quiet: bool) -> dict[str, list[Shard]]:
+def _write_missing(
+    tasks: dict[str, list[Task]], workers: int | None, skip_bad: int, quiet: bool
+) -> dict[str, list[Shard]]:
     """The shards of every split, in order; those that are finished are not written again."""
     everything = list(chain(*tasks.values()))
     shards = {task.path: shard for task in everything if (shard := finished_shard(task)) is not None}
     missing = [task for task in everything if task.path not in shards]
     _check_budget(shards.values(), skip_bad)
     images = sum(len(task.entries) for task in missing)
+    if workers is None:  # processes take seconds to start
+        workers = available_cpus() if images > IMAGES_PER_SHARD else 1
     results = run_parallel(write_shard, missing, min(workers, len(missing)))
     with tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar, closing(results):
         for number, shard in results:
