@@ -67,9 +67,9 @@ def write_shards(
     """Writes the images of `listing` to shards in `out` and returns the manifest.
 
     resize: images with a longer shorter side are reduced to this one in pixels (bicubic) and stored as JPEG of
-    `quality`; smaller ones stay as they are. workers: processes, None for one a core where there are many images. skip_bad: how many images that do
-    not decode may be left out; one more ends the run. Raises UserError, and OSError when a file cannot be read or
-    written.
+    `quality`; smaller ones stay as they are. workers: processes, None for one a core, or one for few images. skip_bad:
+    how many images that do not decode may be left out; one more ends the run. Raises UserError, and OSError when a file
+    cannot be read or written.
     """
     out = Path(out)
     options = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
