@@ -117,7 +117,7 @@ def train_rows(run: Run, shards: Path, cache: Path, timms: float, name: str, *mo
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
             f"width={run.width}", f"batch_size={run.batch_size}", f"data.root={shards}", f"data.cache={cache}",
-            f"data.workers={run.workers}", f"data.val={shards}/train-000000.tar", f"data.train={shards}/train-*.tar",
+            f"data.workers={run.workers}",
             f"trainer={'cpu' if run.device.type == 'cpu' else 'gpu'}", "trainer.devices=1",
             f"trainer.threads={run.threads}", "profile=true", "name=run", f"output={folder}",
             f"results={folder}/results.csv", *more,
@@ -211,11 +211,13 @@ def line(row: Row) -> str:
 
 
 def repeated(corpus: Path, times: int) -> Path:
-    """A folder with `times` links to every training shard of a corpus."""
+    """A folder with `times` links to every training shard of a corpus, and one to the first for validation."""
     folder = corpus / f"repeated-{times}"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, shard in enumerate(sorted(corpus.glob("shards/train-*.tar")) * times):
-        link = folder / f"train-{number:06d}.tar"
+    found = sorted(corpus.glob("shards/train-*.tar"))
+    links = {f"train-{number:06d}.tar": shard for number, shard in enumerate(found * times)}
+    for name, shard in {**links, "val-000000.tar": found[0]}.items():
+        link = folder / name
         if not link.exists():
             link.symlink_to(shard.resolve())
     return folder

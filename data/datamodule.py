@@ -19,7 +19,8 @@ from torch import Tensor
 from data.augment import Augment, Normalize
 from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
-from data.index import Index, load_index
+from data.folders import holds_images, shards_of_images
+from data.index import Index, load_indexes
 from data.parallel import available_cpus
 from data.reader import LoaderOptions, allow_open_files
 from data.remote import download_shards, is_remote
@@ -38,9 +39,9 @@ _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network
 class ImageNetData(DataModule):
     """Validation images of a shard folder; the fields are the keys of conf/data/imagenet.yaml.
 
-    root: the folder, or its URL. train, val: globs of foreign shards, None for this project's own. workers: decoding
-    processes or threads per rank, or `auto` for the rank's share of the cores. `setup` has to be called first, as
-    Lightning does.
+    root: the folder, its URL, or a folder of class folders. train, val: globs of foreign shards, None for others and
+    this project's own. workers: decoding processes or threads per rank, or `auto` for the rank's share of the cores.
+    `setup` has to be called first, as Lightning does.
     """
 
     root: str | Path
@@ -69,13 +70,22 @@ class ImageNetData(DataModule):
     def setup(self, stage: str) -> None:
         """Loads the indexes of a stage ("fit", "validate", or "show" for data.show) that are not loaded yet.
 
-        Shards at a URL are downloaded into the cache folder first.
+        Shards at a URL are downloaded into the cache folder first, and class folders are written there as shards.
         """
         if missing := [split for split in SPLITS[stage] if split not in self._indexes]:
-            root = download_shards(str(self.root), self.cache, missing) if is_remote(self.root) else self.root
-            for split in missing:
-                self._indexes[split] = load_index(root, split, self.cache, getattr(self, split), self.class_names)
+            patterns = {"train": self.train, "val": self.val}
+            root = self._local_shards(missing)
+            self._indexes |= load_indexes(root, missing, self.cache, patterns, self.class_names)
             allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
+
+    def _local_shards(self, splits: Sequence[str]) -> Path:
+        """The folder of this machine that holds the shards of `splits`."""
+        if is_remote(self.root):
+            return download_shards(str(self.root), self.cache, splits)
+        root = Path(self.root).expanduser()
+        if self.train is None and self.val is None and root.is_dir() and holds_images(root):
+            return shards_of_images(root, Path(self.cache).expanduser(), splits)
+        return root
 
     def index(self, split: str) -> Index:
         """The index of a split that was loaded."""

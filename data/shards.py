@@ -8,8 +8,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ from repghost.images import DecodeError, open_image
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 20_000_000  # ImageNet's has 0.2 million
-DEFAULT_PATTERNS = {"train": ("*train*.tar", "train/*.tar"), "val": ("*val*.tar", "val/*.tar")}
+# What others call the splits: a word in the names of their shards, or a folder of shards or of images.
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid")}
 
 LONGEST_SCAN = 6 * 3600  # seconds that another process may take for an index: 10 million images on a slow disk
 _FORMAT = 2  # of the cached indexes of others' shards
@@ -51,13 +54,17 @@ def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {str(manifest['format'])[:20]}")
         _require(manifest, classes=list, splits=dict)
+        _require_different(manifest["classes"])
         for entry in manifest["splits"].values():
             _require(entry, index=dict, shards=list)
             _require(entry["index"], file=str, sha256=str)
+            if not isinstance(entry.get("skipped", []), list):
+                raise TypeError("its skipped is no list")
             for shard in entry["shards"]:
                 _require(shard, file=str, bytes=int)
                 if shard["bytes"] < 0:
                     raise ValueError(f"{shard['file']} has {shard['bytes']} bytes")
+        _require_different([shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]])
     except (ValueError, TypeError, AttributeError, RecursionError, KeyError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         what = f"not a manifest of format {FORMAT} ({reason})"
@@ -71,6 +78,14 @@ def _require(value: dict[str, Any], **types: type) -> None:
             raise TypeError(f"its {key} is no {kind.__name__}")
         if key == "file" and (value[key] != os.path.basename(value[key]) or value[key] in ("", ".", "..")):
             raise ValueError(f"{value[key]!r} is not the name of a file in its folder")
+
+
+def _require_different(names: Sequence[object]) -> None:
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"{wrong[0]!r} is no name")
+    name, count = max(Counter(names).items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise ValueError(f"{name!r} is there {count} times")
 
 
 def split_entry(manifest: dict[str, Any], split: str, where: object) -> dict[str, Any]:
@@ -92,26 +107,94 @@ def prepared_split(root: Path, manifest: dict[str, Any], split: str) -> tuple[tu
     if file_sha256(path) != entry["index"]["sha256"]:
         raise UserError(f"{path}: not the file that manifest.json describes: copy both again")
     samples = read_rows(path, [shard["bytes"] for shard in entry["shards"]])
-    if entry.get("images", len(samples)) != len(samples):
-        raise UserError(f"{path}: {len(samples)} images, but manifest.json says {entry['images']}: copy both again")
+    _require_counts(entry, samples, manifest["classes"], path)
     return tuple(str(root / shard["file"]) for shard in entry["shards"]), samples
+
+
+def _require_counts(entry: dict[str, Any], samples: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Raises UserError where a count that the manifest states is not that of the index at `path`."""
+    labels, shards = samples["label"], entry["shards"]
+    in_shards = np.bincount(samples["shard"], minlength=len(shards)).tolist()
+    counts = [("", entry.get("images"), len(samples))]
+    counts += [(f" in {s['file']}", s.get("images"), n) for s, n in zip(shards, in_shards, strict=True)]
+    stated = entry.get("images_per_class")
+    if stated is not None and labels.min() >= 0 and labels.max() < len(classes):  # load_indexes names other labels
+        if not isinstance(stated, list) or len(stated) != len(classes):
+            what = f"its images_per_class is no list of {len(classes)} counts"
+            raise UserError(f"{path.parent / MANIFEST}: {what}: copy it again or write the shards again")
+        of_classes = np.bincount(labels, minlength=len(classes)).tolist()
+        counts += [(f" of class {name}", says, n) for name, says, n in zip(classes, stated, of_classes, strict=True)]
+    for where, says, count in counts:
+        if says is not None and says != count:
+            raise UserError(f"{path}: {count} images{where}, but {MANIFEST} says {says!r}: copy both again")
 
 
 # -- shards of others --------------------------------------------------------------------------------------------------
 
 
 def find_shards(root: Path, split: str, pattern: str | None) -> tuple[str, ...]:
-    """Paths of the shards of a split; pattern: a glob or webdataset's {0000..1023}, None for DEFAULT_PATTERNS."""
+    """Paths of the shards of a split.
+
+    pattern: a glob or webdataset's {0000..1023}; None for tars in `root` that have one of the split's SPLIT_NAMES as a
+    word of their names, and all tars in a folder of such a name. Raises UserError where there are none.
+    """
     shards: list[str] = []
-    for expanded in braceexpand(pattern) if pattern else DEFAULT_PATTERNS[split]:
-        found = sorted(glob.glob(os.path.join(glob.escape(str(root)), expanded)))
-        if pattern and not found:
+    for expanded in _expand(split, pattern) if pattern else ():
+        found = sorted(glob.glob(os.path.join(glob.escape(str(root)), os.path.expanduser(expanded))))
+        if not found:
             raise UserError(f"{root}: no shard matches {expanded} for the split {split}")
         shards += found
+    if pattern is None:
+        words = {name: re.findall(r"[^\W\d_]+", name.casefold()) for name in tars_in(root)}
+        shards += [str(root / name) for name in words if not set(SPLIT_NAMES[split]).isdisjoint(words[name])]
+        for folder in split_folders(root, split):
+            shards += [str(folder / name) for name in tars_in(folder)]
     if not shards:
-        what = f"neither a {MANIFEST} nor shards named {' or '.join(DEFAULT_PATTERNS[split])}"
-        raise UserError(f"{root}: {what}: run python -m data.write_shards, or name your shards with data.{split}")
+        names = " or ".join(SPLIT_NAMES[split])
+        what = f"neither a {MANIFEST} nor shards whose names have {names} as a word: name them with data.{split}"
+        raise UserError(f"{root}: {what}; images become shards by python -m data.write_shards folder {root} SHARDS")
     return tuple(dict.fromkeys(shards))
+
+
+def _expand(split: str, pattern: str) -> Iterator[str]:
+    try:
+        yield from braceexpand(pattern)
+    except ValueError as error:
+        raise UserError(f"data.{split}={pattern}: {error}") from None
+
+
+def tars_in(folder: Path) -> list[str]:
+    """Names of the tars in a folder, sorted, without hidden ones."""
+    return sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+
+
+def split_folders(root: Path, split: str) -> list[Path]:
+    """The folders in `root` that are called like a split, in any case of letters."""
+    return sorted(root / e.name for e in os.scandir(root) if e.name.casefold() in SPLIT_NAMES[split] and e.is_dir())
+
+
+def require_disjoint(shards: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a shard that is in two of the splits; shards: paths by split."""
+    split_of: dict[str, str] = {}
+    for split, paths in shards.items():
+        for path in paths:
+            if (other := split_of.setdefault(os.path.abspath(path), split)) != split:
+                what = f"both a shard of {other} and of {split}"
+                raise UserError(f"{path}: {what}: name those of each with data.{other} and data.{split}")
+
+
+def numbered_classes(labels: np.ndarray, where: object) -> list[str]:
+    """A number for each class, from 0 to the largest of the labels, int [N] of all images at `where`.
+
+    Raises UserError for labels that are ids: more than 1,000 classes and than images, 19 in 20 of them without any.
+    """
+    classes, used = int(labels.max()) + 1, len(np.unique(labels))
+    if classes > max(1000, len(labels)) and classes > 20 * used:
+        what = f"labels up to {classes - 1:,} for {len(labels):,} images of {used:,} classes look like ids"
+        raise UserError(
+            f"{where}: {what}: number the classes 0, 1, 2 ... (data.class_names=FILE names as many as there are)"
+        )
+    return [str(label) for label in range(classes)]
 
 
 def scanned_samples(shards: Sequence[str], cache: Path) -> np.ndarray:

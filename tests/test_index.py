@@ -7,14 +7,17 @@ import os
 import shutil
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from images import encoded, make_images, patch
 from PIL import Image
 
-from data.index import Index, load_index, main
+from data.index import Index, load_index, load_indexes, main
+from data.shards import find_shards, numbered_classes
 from data.tars import SAMPLE, member_name, member_names
 from data.write_shards.write import write_folder
 from repghost.errors import UserError
@@ -223,6 +226,48 @@ def test_a_million_samples(tmp_path):
     assert np.array_equal(index.samples, rows) and len(index.shards) == shards
 
 
+def spoil_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((root / "manifest.json").read_text())
+    change(manifest)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["splits"]["train"].update(images=31), "30 images, but manifest.json says 31"),
+        (lambda m: m["splits"]["train"].update(images="30"), "30 images, but manifest.json says '30'"),
+        (lambda m: m["splits"]["train"]["images_per_class"].reverse(), ""),
+        (
+            lambda m: m["splits"]["train"].update(images_per_class=[11, 9, 10]),
+            "10 images of class cat, but manifest.json says 11",
+        ),
+        (lambda m: m["splits"]["train"].update(images_per_class=[30]), "images_per_class is no list of 3 counts"),
+        (lambda m: m["splits"]["train"].update(images_per_class=3), "images_per_class is no list of 3 counts"),
+        (
+            lambda m: m["splits"]["train"]["shards"][3].update(images=8),
+            "6 images in train-000003.tar, but manifest.json says 8",
+        ),
+        (lambda m: m["splits"]["train"]["shards"].pop(), "lies outside of its shard"),
+        (lambda m: m["splits"]["train"]["shards"][1].update(file="train-000000.tar"), "'train-000000.tar' is there 2"),
+        (lambda m: m["splits"]["val"]["shards"][0].update(file="train-000000.tar"), "'train-000000.tar' is there 2"),
+        (lambda m: m.update(classes=["cat", "cat", "owl"]), "'cat' is there 2 times"),
+        (lambda m: m.update(classes=["cat", 1, "owl"]), "1 is no name"),
+        (lambda m: m.update(classes=["cat", ["dog"], "owl"]), "['dog'] is no name"),
+        (lambda m: m.update(classes=["cat", "dog", "owl", "pig"]), "images_per_class is no list of 4 counts"),
+        (lambda m: m["splits"]["train"].update(skipped=3), "its skipped is no list"),
+    ],
+)
+def test_a_manifest_that_contradicts_the_shards(copy, tmp_path, change, message):
+    spoil_manifest(copy, change)
+    if not message:
+        assert len(load_index(copy, "train", tmp_path)) == 30
+        return
+    with pytest.raises(UserError) as error:
+        load_index(copy, "train", tmp_path)
+    assert message in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
 # --- shards of others -----------------------------------------------------------------------------
 
 
@@ -253,7 +298,109 @@ def test_default_patterns_and_class_names(tmp_path):
     write_tar(tmp_path / "two" / "train" / "0.tar", sample("a", 1))
     write_tar(tmp_path / "two" / "val" / "0.tar", sample("a", 0))
     assert load_index(tmp_path / "two", "train", tmp_path / "cache").classes == ("0", "1")
-    assert load_index(tmp_path / "two", "val", tmp_path / "cache").classes == ("0",)
+    assert load_index(tmp_path / "two", "val", tmp_path / "cache").classes == ("0", "1"), "of both splits"
+
+
+def test_the_classes_are_those_of_both_splits(tmp_path):
+    """The validation images of `foreign` have the labels 0 and 2, its training images 0 to 2."""
+    write_tar(tmp_path / "a" / "train-0.tar", sample("a", 0) + sample("b", 2))
+    write_tar(tmp_path / "a" / "val-0.tar", sample("a", 1))
+    indexes = load_indexes(tmp_path / "a", ["train", "val"], tmp_path / "cache")
+    assert [indexes[split].classes for split in ("train", "val")] == [("0", "1", "2")] * 2
+    alone = load_index(tmp_path / "a", "val", tmp_path / "cache")
+    assert (alone.classes, alone.fingerprint) == (indexes["val"].classes, indexes["val"].fingerprint)
+    patterns = {"train": "*train*.tar", "val": "val-{0..0}.tar"}
+    assert load_indexes(tmp_path / "a", ["val"], tmp_path / "cache", patterns)["val"].classes == ("0", "1", "2")
+    (tmp_path / "a" / "train-0.tar").unlink()
+    assert load_index(tmp_path / "a", "val", tmp_path / "cache").classes == ("0", "1"), "all that is known"
+    assert load_indexes(tmp_path / "a", ["val"], tmp_path / "cache", patterns)["val"].classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-0000.tar", "train"),
+        ("retrieval-train-0000.tar", "train"),
+        ("retrieval-val-0000.tar", "val"),
+        ("pretrained-val-0000.tar", "val"),
+        ("imagenet1k-validation-00.tar", "val"),
+        ("valid0000.tar", "val"),
+        ("Set_TRAIN_0.tar", "train"),
+        ("train/0.tar", "train"),
+        ("train/retrieval-val.tar", "train"),
+        ("Validation/train.tar", "val"),
+        ("valid/0.tar", "val"),
+        ("retrieval-0000.tar", None),
+        ("trainval.tar", None),
+        (".train.tar", None),
+        ("train.tar.gz", None),
+        ("other/train.tar", None),
+    ],
+)
+def test_the_split_that_a_name_stands_for(tmp_path, name, split):
+    write_tar(tmp_path / "in" / name, GOOD)
+    for each in ("train", "val"):
+        if each == split:
+            assert find_shards(tmp_path / "in", each, None) == (str(tmp_path / "in" / name),)
+        else:
+            with pytest.raises(UserError, match="neither a"):
+                find_shards(tmp_path / "in", each, None)
+
+
+def test_no_shard_is_in_both_splits(tmp_path):
+    both = write_tar(tmp_path / "in" / "val_of_train.tar", GOOD)
+    message = f"{both}: both a shard of train and of val: name those of each with data.train and data.val"
+    for splits in (["train", "val"], ["val"]):
+        with pytest.raises(UserError) as error:
+            load_indexes(tmp_path / "in", splits, tmp_path / "cache")
+        assert str(error.value) == message
+    for pattern in ("val*", "../in/val*", f"{tmp_path}/*/val*"):
+        with pytest.raises(UserError, match="both a shard of train and of val"):
+            load_indexes(tmp_path / "in", ["train", "val"], tmp_path / "cache", {"train": "*", "val": pattern})
+    alone = load_indexes(tmp_path / "in", ["val"], tmp_path / "cache", {"train": None, "val": "val*.tar"})
+    assert len(alone["val"]) == 1, "the training images may be evaluated"
+
+
+def test_a_pattern_may_name_some_shards_of_a_manifest(copy, tmp_path):
+    patterns = {"train": "train-00000{0..1}.tar", "val": None}
+    indexes = load_indexes(copy, ["train", "val"], tmp_path / "cache", patterns)
+    assert [len(index) for index in indexes.values()] == [16, 12]
+    assert {index.classes for index in indexes.values()} == {("cat", "dog", "owl")}
+    with pytest.raises(UserError, match=r"data\.train=train-\{0: "):
+        load_index(copy, "train", tmp_path / "cache", "train-{0")
+
+
+def test_labels_that_are_ids(tmp_path, capsys):
+    write_tar(tmp_path / "in" / "train-0.tar", sample("a", 4_000_000) + sample("b", 4_000_001))
+    write_tar(tmp_path / "in" / "val-0.tar", sample("a", 4_000_000))
+    assert main([str(tmp_path / "in"), "--cache", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'in'}: labels up to 4,000,001 for 3 images of 2 classes look like ids" in error
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="label 4000000, but there are 2 class names"):
+        load_index(tmp_path / "in", "train", tmp_path / "cache", class_names=tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "sane"),
+    [
+        ([0, 1], True),
+        ([5, 999], True),
+        ([0, 1000], False),
+        (range(0, 21_841, 15), True),  # a few shards of ImageNet-21k
+        (range(21_841), True),
+        ([21_840] * 100, False),
+        ([1_440_764 + 13_000 * i for i in range(1000)] * 10, False),  # numbers of WordNet
+        ([*range(1000), 5_000], True),
+    ],
+)
+def test_which_labels_are_taken_for_ids(labels, sane):
+    labels = np.array(labels)
+    if sane:
+        assert len(numbered_classes(labels, "x")) == labels.max() + 1
+    else:
+        with pytest.raises(UserError, match="look like ids"):
+            numbered_classes(labels, "x")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -267,10 +414,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 def test_the_index_of_others_is_kept_and_follows_the_shards(tmp_path):
     root = foreign(tmp_path / "in")
     first = load_index(root, "train", tmp_path / "cache")
-    (kept,) = (tmp_path / "cache" / "index").glob("*.npy")
-    time = kept.stat().st_mtime_ns
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "index").glob("*.npy")}
+    assert len(kept) == 2, "one for each split"
     assert load_index(root, "train", tmp_path / "cache").fingerprint == first.fingerprint
-    assert kept.stat().st_mtime_ns == time
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     write_tar(root / "set-train-0001.tar", sample("new", 2, 8))
     assert len(load_index(root, "train", tmp_path / "cache")) == 4
 
@@ -297,7 +444,7 @@ def test_processes_that_need_the_index_at_once_share_it(tmp_path):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(list((tmp_path / "cache" / "index").glob("*.npy"))) == 1
+    assert len(list((tmp_path / "cache" / "index").glob("*.npy"))) == 2, "one for each split"
 
 
 @pytest.mark.parametrize(
@@ -388,7 +535,7 @@ def test_shards_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_index(tmp_path / "nowhere", "train", tmp_path / "cache")
     (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match=r"neither a manifest\.json nor shards named \*train\*\.tar"):
+    with pytest.raises(UserError, match="nor shards whose names have train as a word: name them"):
         load_index(tmp_path / "in", "train", tmp_path / "cache")
     with pytest.raises(UserError, match=r"no shard matches x-\*\.tar"):
         load_index(tmp_path / "in", "train", tmp_path / "cache", "x-*.tar")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -173,6 +174,7 @@ def test_command_line(images, tmp_path, capsys):
     assert "train: 1 files without an image's extension ignored" in printed
     assert main(["folder", str(images / "train"), str(tmp_path / "x")]) == 2
     assert "say with --split train (or val)" in one_line(capsys)
+    assert not (tmp_path / "x").exists()
 
 
 def test_imagenet_is_compared_with_its_size(tmp_path, capsys):
@@ -241,6 +243,141 @@ def test_resize_shrinks_and_never_enlarges(tmp_path):
     expected = np.asarray(large.resize(size, Image.Resampling.BICUBIC), np.float32)
     assert np.abs(np.asarray(resized, np.float32) - expected).mean() < 8
     assert found["cat_cat_0" if "cat_cat_0" in found else "cat_0"] == (folder / "cat" / "cat_0.jpg").read_bytes()
+
+
+def counts(manifest: dict) -> dict[str, list[int]]:
+    return {split: entry["images_per_class"] for split, entry in manifest["splits"].items()}
+
+
+def test_val_share_draws_from_each_class(tmp_path, capsys):
+    folder = make_class_folders(tmp_path / "in", ("ant", "bee"), 10)
+    make_class_folders(folder, ("fly",), 2, first=20)
+    make_class_folders(folder, ("owl",), 1, first=22)
+    (folder / "beside.jpg").write_bytes(encoded(patch(0)))
+    arguments = ["folder", str(folder), str(tmp_path / "out"), "--workers", "1", "--val-share", "0.2"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "train: 1 images beside the class folders left out" in printed
+    assert "val: 1 classes of a single image are in train only: owl ..." in printed
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert counts(manifest) == {"train": [8, 8, 1, 1], "val": [2, 2, 1, 0]}
+    train, val = (stored(tmp_path / "out", split) for split in ("train", "val"))
+    (folder / "beside.jpg").unlink()
+    assert train | val == originals(folder) and not train.keys() & val.keys()
+    before = shard_bytes(tmp_path / "out")
+    assert main(arguments) == 0 and shard_bytes(tmp_path / "out") == before, "the same draw"
+    assert main([*arguments[:-1], "0.3"]) == 2
+    assert "begun with other images in train: restore them (and --val-share)" in one_line(capsys)
+
+
+def test_val_share_depends_on_the_seed_and_on_no_other_class(tmp_path):
+    folder = make_class_folders(tmp_path / "in", ("ant", "bee"), 20)
+
+    def validated(seed: int) -> set[str]:
+        return {entry.key for entry in list_folder(folder, val_share=0.25, seed=seed).sources[1].entries}
+
+    first = validated(0)
+    assert len(first) == 10 and first != validated(1)
+    (folder / "ant" / "zzz.jpg").write_bytes(encoded(patch(90)))
+    assert {key for key in validated(0) if key.startswith("bee")} == {key for key in first if key.startswith("bee")}
+
+
+@pytest.mark.parametrize("value", ["0", "1", "-0.1", "1.5", "nan", "inf", "ten", ""])
+def test_val_share_is_a_share(tmp_path, capsys, value):
+    with pytest.raises(SystemExit) as end:
+        main(["folder", str(tmp_path), str(tmp_path / "out"), f"--val-share={value}"])
+    assert end.value.code == 2 and "is not a number between 0 and 1, such as 0.1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["folder", str(tmp_path), str(tmp_path / "out"), "--val-share", "0.1", "--split", "val"])
+
+
+@pytest.mark.parametrize("option", ["--seed", "--workers", "--images-per-shard", "--resize", "--quality", "--skip-bad"])
+@pytest.mark.parametrize("value", ["-1", "1.5", "many", "9" * 30])
+def test_numbers_of_the_command_line(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as end:
+        main(["folder", str(tmp_path), str(tmp_path / "out"), f"{option}={value}"])
+    assert end.value.code == 2 and f"{value} is not a whole number from" in capsys.readouterr().err
+
+
+def test_class_folders_in_place_of_splits_are_explained(images, tmp_path, capsys):
+    def refused(*arguments: object) -> str:
+        assert main(["folder", *map(str, arguments), "--workers", "1"]) == 2
+        return one_line(capsys)
+
+    assert "with --val-share 0.1 a tenth of each is for validation" in refused(images / "train", tmp_path / "out")
+    both = f"{images / 'train'}: a split and no class: leave --val-share out, or give the folder of its classes"
+    assert both in refused(images, tmp_path / "out", "--val-share", "0.1")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train").symlink_to(images / "train")
+    assert f"no val/ beside train/: add one, or give {tmp_path / 'in' / 'train'} with --val-share 0.1" in refused(
+        tmp_path / "in", tmp_path / "out"
+    )
+    for name in ("val", "validation"):
+        (tmp_path / "in" / name).symlink_to(images / "val")
+    assert "val and validation both look like val: keep one of them" in refused(tmp_path / "in", tmp_path / "out")
+    one = make_class_folders(tmp_path / "one", per_class=1)
+    assert f"{one}: one image in each class" in refused(one, tmp_path / "out", "--val-share", "0.5")
+
+
+# --- names of class folders -----------------------------------------------------------------------
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    folder = make_class_folders(tmp_path / "in", ("ant", "bee"), 2)
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "System Volume Information"):
+        shutil.copytree(folder / "ant", folder / name)
+    (folder / "up").symlink_to("..")
+    (folder / "itself").symlink_to(".")
+    (folder / "Thumbs.db").write_bytes(b"")
+    listing = list_folder(folder, "train")
+    assert listing.classes == ["ant", "bee"] and len(listing.sources[0].entries) == 4
+    (folder / "wasp").symlink_to("bee")
+    with pytest.raises(UserError, match="wasp: the same folder as bee: its images would have two classes"):
+        list_folder(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a\nb", r"a\nb"), ("a\x1b[31m", r"a\x1b[31m"), ("a\u2028b", r"a\u2028b"), (" a", " a"), ("a\udce9", r"a\udce9")],
+)
+def test_names_that_classes_cannot_have(tmp_path, name, shown):
+    make_class_folders(tmp_path / "in", (name, "bee"), 1)
+    with pytest.raises(UserError) as error:
+        list_folder(tmp_path / "in", "train")
+    assert str(error.value) == (
+        f"'{tmp_path / 'in'}/{shown}': a class's name is one line of UTF-8 text, without blanks at its ends: "
+        "rename the folder"
+    )
+
+
+def test_names_that_classes_may_have(tmp_path):
+    names = ("Käfer, groß", "日本語", "#1", "a=b", "it's", "'quoted' (2) {x} [y]", "👩‍🚀", "=1+1", "a  b")
+    folder = make_class_folders(tmp_path / "in", names, 2)
+    manifest = write_folder(folder, tmp_path / "out", val_share=0.5, **QUIET)
+    assert manifest["classes"] == sorted(names) == list(load_index(tmp_path / "out", "val", tmp_path).classes)
+    assert counts(manifest) == {"train": [1] * 9, "val": [1] * 9}
+
+
+def test_files_may_have_any_name(tmp_path):
+    folder = make_class_folders(tmp_path / "in", ("ant", "bee"), 1)
+    odd = [b"caf\xe9.jpg", b"a\nb.jpg", b"\x1b[31m.jpg", b"100%.jpg", "Käfer.jpg".encode(), b"'.jpg", b"..jpg.jpg"]
+    for number, name in enumerate(odd[:-1]):
+        Path(os.fsdecode(os.fsencode(folder / "ant") + b"/" + name)).write_bytes(encoded(patch(number)))
+    manifest = write_folder(folder, tmp_path / "out", "train", **QUIET)
+    assert counts(manifest) == {"train": [1 + len(odd) - 1, 1]}
+    assert len(stored(tmp_path / "out", "train")) == len(odd) + 1
+
+
+def test_one_name_in_two_ways_of_unicode(tmp_path):
+    composed, apart = "K\u00e4fer", "Ka\u0308fer"
+    make_class_folders(tmp_path / "in" / "train", (composed, "ant"), 1)
+    make_class_folders(tmp_path / "in" / "val", (apart, "ant"), 1, first=2)
+    listing = list_folder(tmp_path / "in")
+    assert listing.classes == [composed, "ant"]
+    assert [entry.label for entry in listing.sources[1].entries] == [0, 1]
+    shutil.copytree(tmp_path / "in" / "val" / apart, tmp_path / "in" / "train" / apart)
+    with pytest.raises(UserError, match=r"'Ka\\u0308fer' and 'K\\xe4fer' are one name in Unicode: rename one"):
+        list_folder(tmp_path / "in")
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -636,6 +773,44 @@ def test_parquet_whose_metadata_has_no_class_names(tmp_path, metadata):
     assert list_parquet(tmp_path).classes == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(
+    "names", [["cat", "cat", "owl"], ["cat", 1, "owl"], "cat", {"0": "cat"}, ["cat", "a\nb", "owl"], None]
+)
+def test_parquet_whose_class_names_are_none(tmp_path, capsys, names):
+    for split, start in (("train", 0), ("val", 20)):
+        metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        write_parquet(tmp_path / "data" / f"{split}-0.parquet", start, 9, metadata)
+    assert list_parquet(tmp_path).classes == ["0", "1", "2"]
+    assert "train-0.parquet: no class names in its metadata, so the classes are numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        ["a.jpg", "b.jpg"],
+        [{"path": "a.jpg"}, {"path": "b.jpg"}],
+        [{"path": "a.jpg", "bytes": None}, {"path": "b.jpg", "bytes": None}],
+        pa.array([{"path": "a.jpg", "bytes": None}] * 2, pa.struct({"path": pa.string(), "bytes": pa.binary()})),
+        pa.array([None, None], pa.binary()),
+    ],
+)
+def test_parquet_without_bytes(parquet, image):
+    path = parquet / "data" / "train-00001-of-00002.parquet"
+    pq.write_table(pa.table({"image": image, "label": [0, 1]}), path)
+    with pytest.raises(UserError) as error:
+        list_parquet(parquet)
+    what = "its images are paths or nothing, not the bytes of image files"
+    assert str(error.value) == f"{path}: {what}: export the data set with the images embedded"
+
+
+def test_parquet_of_ids(tmp_path):
+    for split in ("train", "val"):
+        table = {"image": [encoded(patch(0))] * 2, "label": [4_000_000, 4_000_001]}
+        pq.write_table(pa.table(table), tmp_path / f"{split}-0.parquet")
+    with pytest.raises(UserError, match=r"labels up to 4,000,001 for 2 images of 2 classes look like ids"):
+        list_parquet(tmp_path)
+
+
 def test_damaged_parquet(parquet):
     path = parquet / "data" / "train-00001-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:1000])
@@ -649,6 +824,16 @@ def test_damaged_parquet(parquet):
         list_parquet(parquet)
     pq.write_table(pa.table({"image": [b""] * 2, "label": [0, 3]}), path)
     with pytest.raises(UserError, match=rf"{path.name}: label 3, but there are 3 classes"):
+        list_parquet(parquet)
+    pq.write_table(pa.table({"image": [b""] * 2, "label": [0.0, 1.0]}), path)
+    with pytest.raises(UserError, match=rf"{path.name}: the label of row 0 is 0\.0, not a class number"):
+        list_parquet(parquet)
+    path.write_text("image,label")
+    with pytest.raises(UserError, match=rf"{path.name}: damaged or not Parquet"):
+        list_parquet(parquet)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{path.name}: not a regular file"):
         list_parquet(parquet)
 
 

@@ -3,16 +3,14 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.parallel import available_cpus
+from data.arguments import share, whole_number
 from data.write_shards.archives import list_archives
 from data.write_shards.folder import list_folder, list_kaggle
 from data.write_shards.parquet import list_parquet
-from data.write_shards.source import SPLITS, Listing
-from data.write_shards.write import IMAGES_PER_SHARD, write_shards
+from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing
 from repghost.errors import run_command
 
 
@@ -22,9 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _write(**options))
 
 
-def _write(format: str, layout: Callable[..., Listing], src: Path, out: Path, split: str = "", **options: Any) -> None:
+def _write(format: str, layout: Callable[..., Listing], src: Path, out: Path, **options: Any) -> None:
+    from data.write_shards.write import write_shards  # slow to import, by way of webdataset, and not for --help
+
     own = {
-        "folder": {"split": split},
+        "folder": {
+            "split": options.pop("split", None),
+            "val_share": options.pop("val_share", None),
+            "seed": options["seed"],
+        },
         "archives": {"workers": options["workers"]},
     }  # arguments of the format's function
     write_shards(layout(src, **own.get(format, {})), out, **options)
@@ -43,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         command = formats.add_parser(name, help=text.partition(".\n")[0], description=text)
         command.set_defaults(layout=layout)
         if layout is list_folder:
-            command.add_argument("--split", choices=SPLITS, help="SRC holds the class folders of this split")
+            flat = command.add_mutually_exclusive_group()
+            flat.add_argument("--split", choices=SPLITS, help="SRC holds the class folders of this split")
+            text = "SRC holds class folders: this share of each class is for validation, such as 0.1"
+            flat.add_argument("--val-share", type=share, metavar="P", help=text)
         source: dict[str, Any] = {"nargs": 3, "metavar": "ARCHIVE"} if layout is list_archives else {"metavar": "SRC"}
         command.add_argument("src", type=Path, **source)
         command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to resume")
@@ -54,23 +61,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, low: int, high: int | None, default: int | None, metavar: str, text: str) -> None:
         shown = "" if default is None else " (default %(default)s)"
-        parser.add_argument(
-            name, type=partial(_whole_number, low, high), default=default, metavar=metavar, help=text + shown
-        )
+        parser.add_argument(name, type=whole_number(low, high), default=default, metavar=metavar, help=text + shown)
 
     add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
-    add("--seed", 0, None, 0, "N", "of the order of the images")
+    add("--seed", 0, 2**63 - 1, 0, "N", "of the order of the images, and of the draw for --val-share")
     resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
     add("--resize", 1, None, None, "N", resize)
     add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
-    add("--workers", 1, None, available_cpus(), "N", "processes")
+    add("--workers", 1, None, None, "N", "processes (default: one a core, one for few images)")
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")
-
-
-def _whole_number(low: int, high: int | None, text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or not low <= int(text) <= (high or int(text)):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} {f'to {high}' if high else 'on'}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _read_devkit(path: str) -> tuple[list[str], list[int]]:
         wnid_of = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
         classes = sorted(wnid_of.values())
         return classes, [classes.index(wnid_of[int(number)]) for number in found[_TRUTH].split()]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # scipy raises anything on damaged files
         reason = f"{type(error).__name__} {error}"
         raise UserError(f"{path}: not ILSVRC2012_devkit_t12.tar.gz, or damaged ({reason}): copy it again") from None
 

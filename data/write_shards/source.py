@@ -7,6 +7,7 @@ their own. Check: `pytest tests/test_write_shards.py`.
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from repghost.errors import UserError
 
 SPLITS = ("train", "val")
+IMAGES_PER_SHARD = 1252  # ImageNet: 1,024 training shards of about 137 MB and 40 for validation
 
 
 class Entry(NamedTuple):
@@ -40,7 +42,7 @@ class Source:
 
     read: yields the bytes of the given images in their order. Worker processes call it, so it is a module's function.
     ignored: files that are not images by their extension. shuffle: "global", or "row-groups" where images cannot be
-    read one by one (see `data.write_shards.write`).
+    read one by one (see `data.write_shards.write`). remarks: what else was left out.
     """
 
     split: str
@@ -48,6 +50,7 @@ class Source:
     read: Callable[[Sequence[Entry]], Iterator[bytes]]
     ignored: int = 0
     shuffle: str = "global"
+    remarks: Sequence[str] = ()
 
     def digest(self) -> str:
         """Hex digest of what decides the order and the labels, wherever the files lie."""
@@ -61,7 +64,7 @@ class Source:
 class Listing:
     """A data set before it is written: where it lies, class names in label order, and a source for each split.
 
-    Raises UserError for a single class.
+    Raises UserError for a single class, and for two of one name.
     """
 
     root: str | Path
@@ -71,6 +74,14 @@ class Listing:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise UserError(f"{self.root}: only one class ({''.join(self.classes)}), so there is nothing to learn")
+        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise UserError(f"{self.root}: several classes are called {twice[0]}: give them names that differ")
+
+
+def is_class_name(name: str) -> bool:
+    """Whether a name is one line of text that UTF-8 can hold, without blanks at its ends, as lists of classes need."""
+    odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)  # control, surrogates, line breaks
+    return bool(name) and name == name.strip() and not odd
 
 
 def with_class(class_name: str, path: str) -> str:

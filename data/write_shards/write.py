@@ -1,6 +1,6 @@
 """Images to shards: webdataset tars in a random order, with an index and a manifest.
 
-    python -m data.write_shards folder IMAGES SHARDS
+    python -m data.write_shards folder IMAGES SHARDS [--val-share 0.1]
     python -m data.write_shards archives ILSVRC2012_img_{train,val}.tar ILSVRC2012_devkit_t12.tar.gz SHARDS
     python -m data.write_shards kaggle KAGGLE SHARDS
     python -m data.write_shards parquet IMAGENET-1K SHARDS
@@ -34,19 +34,22 @@ from data.shards import FORMAT
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
 from data.write_shards.shard import Options, Shard, Task, finished_shard, write_shard
-from data.write_shards.source import SPLITS, Listing, Source
+from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing, Source
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256, remove_leftovers, write_text
 from repghost.reference import IMAGENET
 
-IMAGES_PER_SHARD = 1252  # ImageNet: 1,024 training shards of about 137 MB and 40 for validation
-
 _SHARD_STREAM = 2  # Philox counter's highest word; 0 and 1 belong to data.sampling
 
 
-def write_folder(source: str | Path, out: str | Path, split: str | None = None, **options: Any) -> dict[str, Any]:
-    """Writes class folders to shards: `split` as in `list_folder`, `options` and result as in `write_shards`."""
-    return write_shards(list_folder(source, split), out, **options)
+def write_folder(
+    source: str | Path, out: str | Path, split: str | None = None, val_share: float | None = None, **options: Any
+) -> dict[str, Any]:
+    """Writes class folders to shards.
+
+    split, val_share: as in `list_folder`. options, and the manifest that is returned: as in `write_shards`.
+    """
+    return write_shards(list_folder(source, split, val_share, options.get("seed", 0)), out, **options)
 
 
 def write_shards(
@@ -64,9 +67,9 @@ def write_shards(
     """Writes the images of `listing` to shards in `out` and returns the manifest.
 
     resize: images with a longer shorter side are reduced to this one in pixels (bicubic) and stored as JPEG of
-    `quality`; smaller ones stay as they are. workers: processes, None for one a core. skip_bad: how many images that do
-    not decode may be left out; one more ends the run. Raises UserError, and OSError when a file cannot be read or
-    written.
+    `quality`; smaller ones stay as they are. workers: processes, None for one a core, or one for few images. skip_bad:
+    how many images that do not decode may be left out; one more ends the run. Raises UserError, and OSError when a file
+    cannot be read or written.
     """
     out = Path(out)
     options = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
@@ -79,7 +82,7 @@ def write_shards(
             _check_plan(out, listing, options)
             remove_leftovers(out)
             tasks = {source.split: _tasks(source, out, options, skip_bad) for source in listing.sources}
-            shards = _write_missing(tasks, workers or available_cpus(), skip_bad, quiet)
+            shards = _write_missing(tasks, workers, skip_bad, quiet)
             manifest = _write_manifest(out, listing, options, shards)
     except Timeout:
         raise UserError(f"{out}: another process is writing there") from None
@@ -103,7 +106,9 @@ def _check_plan(out: Path, listing: Listing, options: Options) -> None:
             raise UserError(f"{out}: begun with other classes (differing: {differing[0]}): use a new folder")
         for split, digest in sources.items():
             if plan["sources"].setdefault(split, digest) != digest:
-                raise UserError(f"{out}: begun with other images in {split}: restore them or use a new folder")
+                raise UserError(
+                    f"{out}: begun with other images in {split}: restore them (and --val-share), or use a new folder"
+                )
     write_text(path, json.dumps(plan))
 
 
@@ -135,13 +140,17 @@ def _tasks(source: Source, out: Path, options: Options, skip_bad: int) -> list[T
     return tasks
 
 
-def _write_missing(tasks: dict[str, list[Task]], workers: int, skip_bad: int, quiet: bool) -> dict[str, list[Shard]]:
+def _write_missing(
+    tasks: dict[str, list[Task]], workers: int | None, skip_bad: int, quiet: bool
+) -> dict[str, list[Shard]]:
     """The shards of every split, in order; those that are finished are not written again."""
     everything = list(chain(*tasks.values()))
     shards = {task.path: shard for task in everything if (shard := finished_shard(task)) is not None}
     missing = [task for task in everything if task.path not in shards]
     _check_budget(shards.values(), skip_bad)
     images = sum(len(task.entries) for task in missing)
+    if workers is None:  # processes take seconds to start
+        workers = available_cpus() if images > IMAGES_PER_SHARD else 1
     results = run_parallel(write_shard, missing, min(workers, len(missing)))
     with tqdm(total=images, unit="images", desc="writing shards", disable=quiet) as bar, closing(results):
         for number, shard in results:
@@ -205,6 +214,8 @@ def _report(listing: Listing, manifest: dict[str, Any], written: dict[str, list[
         ):
             if number:
                 print(f"{split}: {number:,} {what}")
+        for remark in source.remarks:
+            print(f"{split}: {remark}")
         if imagenet:
             more = images - (expected := IMAGENET[SPLITS.index(split)])
             verdict = f"{abs(more):,} {'more' if more > 0 else 'fewer'}" if more else "equal"
