@@ -4,7 +4,9 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import Process, StartTrain, images_trained_on, processes, stopped_at
@@ -19,8 +21,19 @@ Program = Callable[..., int]
 # -- in one process ----------------------------------------------------------------------------------------------------
 
 
-def test_signals_are_remembered_once_they_are_deferred() -> None:
+@pytest.fixture
+def handlers() -> Iterator[list[Any]]:
+    """Those of the signals before a test, which are back in place after it."""
     before = [signal.getsignal(number) for number in SIGNALS]
+    yield before
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_are_remembered_once_they_are_deferred(handlers: list[Any]) -> None:
+    with StopSignals(exit_code=75):
+        pass
+    assert handlers == [signal.getsignal(number) for number in SIGNALS]
     with StopSignals(exit_code=75) as signals:
         signals.deferred = True
         assert not signals.received
@@ -30,10 +43,23 @@ def test_signals_are_remembered_once_they_are_deferred() -> None:
         with pytest.raises(SystemExit) as end:
             signals.stop()
     assert end.value.code == 75
-    assert before == [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)  # while the process ends
 
 
-def test_before_that_a_signal_ends_the_process_at_once() -> None:
+def test_the_line_about_a_signal(handlers: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    for quiet, deferred, line in (
+        (False, True, "SIGTERM: stopping after this batch\n"),
+        (False, False, "SIGTERM: stopped before the first batch\n"),
+        (True, True, ""),
+    ):
+        with suppress(SystemExit), StopSignals(exit_code=75, quiet=quiet) as signals:
+            signals.deferred = deferred
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capfd.readouterr().err == line
+
+
+def test_before_that_a_signal_ends_the_process_at_once(handlers: list[Any]) -> None:
     with pytest.raises(SystemExit) as end, StopSignals(exit_code=3):
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 3

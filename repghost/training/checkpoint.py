@@ -10,6 +10,7 @@ writes), and they are read with `weights_only=True`, so that nothing in them is 
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
 from repghost.training.classifier import HostCopy, ImageClassifier
-from repghost.training.internals import disable_signal_handling, rescale_batches, restart_validation
+from repghost.training.internals import rescale_batches, restart_validation
 from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
@@ -83,14 +84,15 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
-        self.signals = StopSignals(exit_code)
+        # Who started the ranks speaks for them.
+        started = multiprocessing.parent_process() is not None
+        self.signals = StopSignals(exit_code, quiet=started or rank_zero_only.rank != 0)  # type: ignore[attr-defined]
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
         self._request: HostCopy | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        disable_signal_handling(trainer)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
 

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from repghost.errors import UserError
 from repghost.ranks import choose_devices, environment
-from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
+from repghost.training.internals import (
+    choose_kernels_by_rule,
+    default_cache_dir,
+    disable_signal_handling,
+    has_triton,
+    ignore_warnings,
+)
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
@@ -56,13 +62,14 @@ def make_trainer(
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs={epochs}: a run has at least one")
-    _set_up_process(accelerator, threads)
-    return pl.Trainer(
+    distributed = devices * num_nodes > 1
+    _set_up_process(accelerator, threads, distributed)
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         precision=PRECISIONS[resolve_precision(precision, accelerator)],  # type: ignore[arg-type]
-        strategy=_distributed(accelerator, timeout_minutes) if devices * num_nodes > 1 else "auto",
+        strategy=_distributed(accelerator, timeout_minutes) if distributed else "auto",
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
         deterministic=deterministic,
@@ -75,12 +82,16 @@ def make_trainer(
         enable_model_summary=False,
         **{"logger": False, **options},
     )
+    disable_signal_handling(trainer)
+    return trainer
 
 
-def _set_up_process(accelerator: str, threads: int | None) -> None:
+def _set_up_process(accelerator: str, threads: int | None, distributed: bool) -> None:
     ignore_warnings()
     if threads is not None:
         torch.set_num_threads(threads)
+        if distributed:  # Lightning would choose another number for a rank that does not have this variable
+            os.environ["OMP_NUM_THREADS"] = str(threads)
     if accelerator == "cpu":
         keep_freed_memory()
     # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
