@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from repghost.evaluation import evaluate, record, subject_of
 from repghost.export.runtimes import is_exported, open_exported
+from repghost.files import require_writable
 from repghost.launch import command
 from repghost.ranks import run_on_devices
 from repghost.run import resolved_for_evaluation
@@ -22,7 +23,9 @@ from repghost.training.loggers import SpeedBar
 
 @command("evaluate")
 def main(config: DictConfig) -> int:
-    return run_on_devices(run, resolved_for_evaluation(config))
+    config = resolved_for_evaluation(config)
+    require_writable(config.results, "results")
+    return run_on_devices(run, config)
 
 
 def run(config: DictConfig) -> None:

@@ -17,8 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from repghost.evaluation import evaluate_run
+from repghost.files import require_writable
 from repghost.launch import command
-from repghost.ranks import run_on_devices
+from repghost.lock import sole_writer
+from repghost.ranks import global_rank, run_on_devices
 from repghost.reference import reference_curve
 from repghost.run import folder_of, is_finished, open_run, write_class_names
 from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
@@ -31,11 +33,13 @@ from repghost.weights import start_from
 
 @command("train")
 def main(config: DictConfig) -> int:
-    directory, config = open_run(config)
-    if is_finished(directory):
-        print(f"{directory} is finished; evaluation.json in it holds the result")
-        return 0
-    return run_on_devices(train, config)
+    with sole_writer(folder_of(config), global_rank()):
+        directory, config = open_run(config)
+        if is_finished(directory):
+            print(f"{directory} is finished; evaluation.json in it holds the result")
+            return 0
+        require_writable(config.results, "results")
+        return run_on_devices(train, config)
 
 
 def train(config: DictConfig) -> None:

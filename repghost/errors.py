@@ -161,6 +161,8 @@ def user_message(error: BaseException) -> str | None:
             return (
                 f"{_first_line(link)} Was it killed for memory? Fewer data.workers or a smaller data.prefetch take less"
             )
+        if isinstance(link, RuntimeError) and "determine home directory" in str(link):  # of Path.expanduser
+            return "this user has no home folder, which ~ stands for: set HOME, or give data.cache=FOLDER"
         if type(link).__name__ == "MissingMandatoryValue" and _of_the_config(link):
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if _of_the_config(error) and (_of_the_config(links[-1]) or isinstance(links[-1], TypeError)):

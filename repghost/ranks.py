@@ -92,7 +92,7 @@ def global_rank() -> int:
         return int(os.environ["RANK" if launcher.name == "torchrun" else "SLURM_PROCID"])
     if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
         found = ", ".join(f"{name}={os.environ[name]}" for name in _OF_A_RANK if name in os.environ)
-        raise UserError(f"{found} in the environment, but no torchrun started these {size} ranks: unset {found}")
+        raise UserError(f"{found} in the environment, but no torchrun started these {size} ranks: unset them")
     for name in _OF_A_RANK:
         os.environ.pop(name, None)
     rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning read the variables when it was imported

@@ -4,9 +4,12 @@ Whatever goes wrong in W&B or TensorBoard, the training goes on.
 Check: `pytest tests/test_train.py tests/test_sweep.py`.
 """
 
+import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ class GuardedLogger(Logger):
         if self._logger is None:
             return
         try:
-            getattr(self._logger, method)(*arguments, **options)
+            with _no_questions():
+                getattr(self._logger, method)(*arguments, **options)
             if method == "finalize":  # a Trainer finalizes once more after each evaluation
                 self._logger = None
         except Exception as error:
@@ -52,6 +56,18 @@ class GuardedLogger(Logger):
     log_hyperparams = partialmethod(_pass, "log_hyperparams")
     save = partialmethod(_pass, "save")
     finalize = partialmethod(_pass, "finalize")
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Hides the terminal, at which wandb would ask who logs in, and wait: it fails instead and says what to do."""
+    stdin = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
 
 
 class RunWandbLogger(WandbLogger):

@@ -7,14 +7,17 @@ import ctypes
 import logging
 import os
 import shutil
+import struct
 import sysconfig
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -160,10 +163,38 @@ def compile_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def keep_compiled(folder: str | Path) -> None:
     """Keeps compiled code in `folder`, so that the next run starts warm, unless TORCHINDUCTOR_CACHE_DIR says where.
 
-    torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again.
+    torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again. What a
+    process that was killed left half written there is removed, since torch would load it again and again.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser().resolve())
+    _remove_damaged(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes empty files and libraries without their end, unless another process is compiling (torch's locks)."""
+    if any(_is_held(lock) for lock in folder.glob("locks/*.lock")):
+        return
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    for path in files:
+        if not path.stat().st_size or (path.suffix == ".so" and not _is_whole(path)):
+            path.unlink(missing_ok=True)
+
+
+def _is_held(lock: Path) -> bool:
+    with suppress(OSError), FileLock(lock, timeout=0):
+        return False
+    return True
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library (elf(5), 64 bits) reaches to the end of its section headers, the last thing in it."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    start, size, count = struct.unpack_from("=40xQ10xHH", header)
+    return library.stat().st_size >= start + size * count
 
 
 def _missing_for_compiling(device_type: str) -> str | None:
