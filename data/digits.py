@@ -13,6 +13,7 @@ from filelock import FileLock
 from PIL import Image
 
 from data.write_shards.write import write_folder
+from repghost.files import require_writable
 
 VALIDATION_EVERY = 6
 PIXELS = 32
@@ -21,6 +22,7 @@ PIXELS = 32
 def prepare_digits(cache: Path) -> Path:
     """The folder of shards `cache`/digits, written on first use while other processes wait."""
     shards = Path(cache).expanduser() / "digits"
+    require_writable(shards.with_suffix(".lock"), "data.cache")
     shards.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(shards.with_suffix(".lock")):
         if not (shards / "manifest.json").exists():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.parallel import available_cpus, check_stop, run_parallel
 from data.tars import DecodeError, member_name, member_names, open_image, read_rows, scan_shard
 from repghost.errors import UserError
-from repghost.files import atomic_write, file_sha256
+from repghost.files import atomic_write, file_sha256, require_writable
 
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"
@@ -119,6 +119,7 @@ def scanned_samples(shards: Sequence[str], cache: Path) -> np.ndarray:
         raise UserError(f"{irregular[0]}: not a regular file")  # opening a pipe would wait for ever
     key = [(os.path.realpath(s), st.st_size, st.st_mtime_ns) for s, st in zip(shards, states, strict=True)]
     path = cache / "index" / f"{hashlib.sha256(repr((_FORMAT, key)).encode()).hexdigest()[:32]}.npy"
+    require_writable(path, "data.cache")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():

@@ -168,8 +168,11 @@ def user_message(error: BaseException) -> str | None:
     if _of_the_config(error) and (_of_the_config(links[-1]) or isinstance(links[-1], TypeError)):
         hint = "; --cfg job lists all keys" if "override" in str(error) else ""
         return f"{_first_line(error)} {_first_line(links[-1])}".strip() + hint
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # What Hydra instantiates may open files.
+    found = links if _of_the_config(error) else [error]
+    for link in found:
+        if isinstance(link, OSError) and link.strerror:
+            return f"{link.filename}: {link.strerror}" if link.filename else link.strerror
     return None
 
 

@@ -101,7 +101,7 @@ def require_writable(path: str | Path, key: str) -> None:
                 if attempt == 9:
                     raise
     except OSError as error:
-        raise UserError(f"{key}={path}: cannot be written ({error.strerror}): give another {key}=...") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}): give another {key}=...") from None
     finally:
         for folder in made:
             with suppress(OSError):

@@ -11,6 +11,7 @@ Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmark
 """
 
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
 
 # Changes with the content of a checkpoint; 1 had no such key.
 FORMAT = 2
+
+_TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
 
 # What a rank requests at the end of a batch; all ranks follow the largest request.
 GO_ON, SAVE, STOP = 0, 1, 2
@@ -72,6 +75,17 @@ def resume_point(folder: Path) -> Path | None:
     return None
 
 
+def require_room(folder: Path, classifier: ImageClassifier) -> None:
+    """Raises UserError where the disk has less room than two checkpoints of a run need."""
+    network = sum(tensor.nbytes for tensor in classifier.model.state_dict().values())
+    needed = 2 * _TENSORS_OF_A_WEIGHT * network
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        raise UserError(
+            f"{folder}: {free / 2**20:.0f} MiB are free on this disk, and two checkpoints take {needed / 2**20:.0f}: "
+            "make room, or give another output=..."
+        )
+
+
 # -- when to save ------------------------------------------------------------------------------------------------------
 
 
@@ -97,6 +111,8 @@ class Checkpoints(Checkpoint):
             remove_leftovers(self._folder.parent)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            require_room(self._folder, _classifier(trainer))
         self.signals.deferred = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
