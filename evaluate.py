@@ -37,6 +37,8 @@ def run(config: DictConfig) -> None:
     data = instantiate(config.data)
     data.setup("validate")
     subject = subject_of(config, exported)
+    if config.report or config.run:
+        require_writable(subject.folder / "evaluation.json", "run" if config.run else "results")
     evaluation = evaluate(subject, trainer, data, config, autocast=config.precision != "float32")
     if trainer.is_global_zero:
         record(config, subject, evaluation)

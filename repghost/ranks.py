@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NamedTuple
@@ -253,6 +254,7 @@ def _blocked_in_ranks() -> Iterator[None]:
 
     Python would print a traceback for one that comes while it imports what a rank needs.
     """
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()  # takes the signals of this process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)

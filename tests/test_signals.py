@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,10 @@ from runs import Process, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from data.index import load_index
+from repghost.evaluation import Evaluation
+from repghost.model import repghostnet
 from repghost.training.signals import SIGNALS, StopSignals
+from repghost.weights import save_weights
 
 Program = Callable[..., int]
 
@@ -22,10 +26,12 @@ Program = Callable[..., int]
 
 
 @pytest.fixture
-def handlers() -> Iterator[list[Any]]:
-    """Those of the signals before a test, which are back in place after it."""
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Those of the signals before a test, after which this process is not going to end as one that got a signal is."""
     before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     yield before
+    signal.alarm(0)
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
@@ -63,6 +69,21 @@ def test_before_that_a_signal_ends_the_process_at_once(handlers: list[Any]) -> N
     with pytest.raises(SystemExit) as end, StopSignals(exit_code=3):
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_ends_within_a_batch(
+    number: signal.Signals, handlers: list[Any], evaluate_with: Program, shards: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Lightning would make a success of it, and wait for other ranks."""
+    save_weights(repghostnet(width=0.1, num_classes=3), Path("weights.safetensors"))
+    monkeypatch.setattr(Evaluation, "validation_step", lambda *_: os.kill(os.getpid(), number))
+    options = ("width=0.1", "image_size=32", f"data.root={shards}", "trainer=cpu", "data.workers=1", "loader=torch")
+    assert evaluate_with("weights=weights.safetensors", *options) == 128 + number
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "interrupted\n" if number == signal.SIGINT else "ended by SIGTERM\n")
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("wrong", ["exit_code=0", "exit_code=256", "minutes=0"])
