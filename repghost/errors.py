@@ -21,7 +21,7 @@ from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_SECONDS_TO_END = 10  # after a signal; the kernel ends a program that is stuck
+_SECONDS_TO_END = 15  # after a signal; the kernel ends a program that is stuck
 _ended_by: int | None = None  # the signal that ends this process, once one came
 
 
