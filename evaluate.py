@@ -29,6 +29,7 @@ def run(config: DictConfig) -> None:
 
     from repghost.evaluation import evaluate, record, subject_of
     from repghost.export.runtimes import is_exported, open_exported
+    from repghost.files import require_writable
     from repghost.training.loggers import SpeedBar
 
     exported = None
@@ -38,6 +39,8 @@ def run(config: DictConfig) -> None:
     data = instantiate(config.data)
     data.setup("validate")
     subject = subject_of(config, exported)
+    if config.report or config.run:
+        require_writable(subject.folder / "evaluation.json", "run" if config.run else "results")
     evaluation = evaluate(subject, trainer, data, config, autocast=config.precision != "float32")
     if trainer.is_global_zero:
         record(config, subject, evaluation)

@@ -20,14 +20,16 @@ from repghost.launch import command
 @command("train")
 def main(config: DictConfig) -> int:
     # Here and below, what takes long to import: the command line was understood by now.
-    from repghost.ranks import run_on_devices
-    from repghost.run import is_finished, open_run
+    from repghost.lock import sole_writer
+    from repghost.ranks import global_rank, run_on_devices
+    from repghost.run import folder_of, is_finished, open_run
 
-    directory, config = open_run(config)
-    if is_finished(directory):
-        print(f"{directory} is finished; evaluation.json in it holds the result")
-        return 0
-    return run_on_devices(train, config)
+    with sole_writer(folder_of(config), global_rank()):
+        directory, config = open_run(config)
+        if is_finished(directory):
+            print(f"{directory} is finished; evaluation.json in it holds the result")
+            return 0
+        return run_on_devices(train, config)
 
 
 def train(config: DictConfig) -> None:

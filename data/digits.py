@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data.write_shards.write import write_folder
-from repghost.files import locked
+from repghost.files import locked, require_writable
 
 VALIDATION_EVERY = 6
 PIXELS = 32
@@ -21,6 +21,7 @@ PIXELS = 32
 def prepare_digits(cache: Path) -> Path:
     """The folder of shards `cache`/digits, written on first use while other processes wait."""
     shards = Path(cache).expanduser() / "digits"
+    require_writable(shards.with_suffix(".lock"), "data.cache")
     shards.parent.mkdir(parents=True, exist_ok=True)
     with locked(shards.with_suffix(".lock"), "writing the digits", limit=600):
         if not (shards / "manifest.json").exists():

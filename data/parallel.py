@@ -51,7 +51,12 @@ def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
         try:
-            numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+            # Workers begin with Ctrl-C blocked: Python would print a traceback while it imports what they need.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                numbers = {pool.submit(function, task): number for number, task in enumerate(tasks)}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(numbers):
                 yield numbers[future], future.result()
         except BrokenProcessPool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.parallel import available_cpus, check_stop, run_parallel
 from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
 from repghost.errors import UserError, printable
-from repghost.files import atomic_write, file_sha256, locked, read_file
+from repghost.files import atomic_write, file_sha256, locked, read_file, require_writable
 from repghost.images import DecodeError, open_image
 
 FORMAT = 1  # of manifests
@@ -204,6 +204,7 @@ def scanned_samples(shards: Sequence[str], cache: Path) -> np.ndarray:
         raise UserError(f"{irregular[0]}: not a regular file")  # opening a pipe would wait for ever
     key = [(os.path.realpath(s), st.st_size, st.st_mtime_ns) for s, st in zip(shards, states, strict=True)]
     path = cache / "index" / f"{hashlib.sha256(repr((_FORMAT, key)).encode()).hexdigest()[:32]}.npy"
+    require_writable(path, "data.cache")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock"), "indexing the same shards", LONGEST_SCAN):
         if not path.exists():

@@ -1,18 +1,31 @@
-"""What a command says to the person who started it: the one line for a mistake, with its exit code.
+"""What a command says to the person who started it: one line for a mistake or a signal, with its exit code.
 
 A mistake of the user (a UserError, a key that Hydra or OmegaConf refuses, a file that cannot be written, a full disk)
-ends every command in one line on stderr and exit code 2. Anything else is a defect of ours and keeps its traceback.
+ends every command in one line on stderr and exit code 2. SIGINT (Ctrl-C) and SIGTERM end it in one line with 130 and
+143, wherever the program is; a reader that closes the pipe (`| head`) ends it without a word, with 141. Anything else
+is a defect of ours and keeps its traceback. Check: `pytest tests/test_commands.py`.
 """
 
+import atexit
 import errno
+import io
+import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, TextIO
 from unicodedata import category
 
 from repghost.extras import how_to_install
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_SECONDS_TO_END = 15  # after a signal; the kernel ends a program that is stuck
+_ended_by: int | None = None  # the signal that ends this process, once one came
 
 
 class UserError(ValueError):
@@ -32,18 +45,113 @@ def printable(text: str, stream: TextIO | None = None) -> str:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Calls `command` and returns the program's exit code: its own (None is 0), 2 for a mistake, 130 for Ctrl-C."""
+    """Calls `command` and returns the program's exit code: its own (None is 0), or one of those above."""
+    _prepare_streams()
+    with ended_by_signals():
+        try:
+            try:
+                code = command() or 0
+            finally:
+                sys.stdout.flush()
+        except BaseException as error:
+            if _ended_by is None:  # else, what goes wrong while a program ends is a consequence
+                code = _code_of(error)
+        return code if _ended_by is None else 128 + _ended_by
+
+
+def _code_of(error: BaseException) -> int:
+    """Tells the user what went wrong; returns the exit code. Raises `error` again if it is a defect."""
+    if isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted", 128 + signal.SIGINT
+    elif isinstance(error, BrokenPipeError) and _leave_closed_pipes():
+        return 128 + signal.SIGPIPE
+    elif isinstance(error, Exception) and (message := user_message(error)) is not None:
+        line, code = f"error: {printable(message)}", 2
+    else:
+        raise error
+    with suppress(OSError):  # nobody may be left to read it
+        print(line, file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def ended_by_signals(quiet: bool = False) -> Iterator[None]:
+    """A context in which SIGINT and SIGTERM raise SystemExit wherever the program is, after one line unless `quiet`.
+
+    More of them change nothing then, and a program that is stuck is ended by the kernel. Signals that are ignored, as
+    nohup wants, or that have another handler already are left alone.
+    """
+    global _ended_by
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        global _ended_by
+        if os.getpid() != process:  # a forked worker inherits the handler
+            os._exit(128 + number)
+        if _ended_by is None:
+            _ended_by = number
+            signal.alarm(_SECONDS_TO_END)
+            sys.unraisablehook = lambda _: None  # what is interrupted in a destructor or callback
+            if not quiet:
+                _say_signal(number)
+            raise SystemExit(128 + number)
+
+    before = _replace_default_handlers(end)
+    if before:
+        _ended_by = None
     try:
-        return command() or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except Exception as error:
-        line = user_message(error)
-        if line is None:
-            raise
-        print(f"error: {printable(line)}", file=sys.stderr, flush=True)
-        return 2
+        yield
+    finally:
+        if _ended_by is None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if before:
+            atexit.register(_replace_default_handlers, _end_at_once)
+
+
+def _replace_default_handlers(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Lets `handler` have SIGINT and SIGTERM where nobody else handles them; returns the handlers before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # signals are the main thread's
+    default = (signal.SIG_DFL, signal.default_int_handler)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in default]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    """For the time in which Python ends, and has nothing left that could be interrupted."""
+    _say_signal(number)
+    os._exit(128 + number)
+
+
+def _say_signal(number: int) -> None:
+    line = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    with suppress(OSError):
+        os.write(2, f"{line}\n".encode())  # not by print, since what the signal interrupted may be a print
+
+
+def _prepare_streams() -> None:
+    """Lets any text be printed in any locale, and streams that the caller closed lead nowhere.
+
+    The next file that is opened would take the descriptor of a closed stream, and what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the program
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave_closed_pipes() -> bool:
+    """Whether nobody reads stdout or stderr any more: they lead nowhere then, since Python flushes them at the end."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)  # errors are always reported
+    closed = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(closed)
 
 
 def print_rank_zero(text: str) -> None:
@@ -70,13 +178,18 @@ def user_message(error: BaseException) -> str | None:
             return (
                 f"{_first_line(link)} Was it killed for memory? Fewer data.workers or a smaller data.prefetch take less"
             )
+        if isinstance(link, RuntimeError) and "determine home directory" in str(link):  # of Path.expanduser
+            return "this user has no home folder, which ~ stands for: set HOME, or give data.cache=FOLDER"
         if type(link).__name__ == "MissingMandatoryValue" and _of_the_config(link):
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if _of_the_config(error) and (_of_the_config(links[-1]) or isinstance(links[-1], TypeError)):
         hint = "; --cfg job lists all keys" if "override" in str(error) else ""
         return f"{_first_line(error)} {_first_line(links[-1])}".strip() + hint
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # What Hydra instantiates may open files.
+    found = links if _of_the_config(error) else [error]
+    for link in found:
+        if isinstance(link, OSError) and link.strerror:
+            return f"{link.filename}: {link.strerror}" if link.filename else link.strerror
     return None
 
 

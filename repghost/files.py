@@ -6,13 +6,15 @@ Check: `pytest tests/test_checkpoint.py tests/test_faults.py`.
 import codecs
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import logging
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from unicodedata import category
@@ -33,21 +35,23 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`; a block that ends well leaves it at `path`, synced to the disk.
 
-    A block that raises, or a process that dies at any moment, leaves what was at `path` before. keep: a name in the
+    A block that raises, or a process that dies at any moment, leaves what was at `path` before. Of several processes
+    that write `path` at once the last one wins. keep: a name in the
     same folder under which what was at `path` before is kept (a death between the two renames leaves only that one).
     Raises OSError that names `path` when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary, file = _open_temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, path.with_name(keep))
-        os.replace(temporary, path)
+            # Before the file is closed, which ends its lock.
+            if keep and path.exists():
+                os.replace(path, path.with_name(keep))
+            os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         for link in chain(error):  # torch.save raises an error of its own over that of the write
@@ -59,6 +63,28 @@ def atomic_write(path: str | Path, keep: str | None = None) -> Iterator[BinaryIO
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """An empty, locked file beside `path`, with a name of its own if another process is writing the usual one."""
+    for name in (path.name, f"{path.name}.{os.getpid()}"):
+        temporary = path.with_name(f".{name}{TEMPORARY}")
+        # Not truncated before it is known to be nobody's.
+        file = open(temporary, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115
+        if _is_nobodys(file, temporary):
+            file.truncate(0)
+            return temporary, file
+        file.close()
+    raise OSError(errno.EBUSY, "other processes write it", str(path))
+
+
+def _is_nobodys(file: BinaryIO, path: Path) -> bool:
+    """Locks an open temporary file; False if its writer lives or has renamed it. A file system without locks trusts."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.ENOENT)
 
 
 @contextmanager
@@ -94,7 +120,36 @@ def locked(path: str | Path, what: str, limit: float, cancelled: Callable[[], bo
 def remove_leftovers(folder: str | Path) -> None:
     """Removes what writers that were killed left under `folder`."""
     for path in Path(folder).rglob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError), open(path, "r+b") as file:
+            if _is_nobodys(file, path):
+                path.unlink()
+
+
+def require_writable(path: str | Path, key: str) -> None:
+    """Raises UserError that names `key` unless a file can be written at `path`; leaves nothing behind.
+
+    For the beginning of a command, so that what cannot be written is found before the work.
+    """
+    path = Path(path)
+    made: list[Path] = []
+    try:
+        made += [folder for folder in path.parents if not folder.exists()]
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        for attempt in range(10):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    break
+            except FileNotFoundError:  # another command that finds out the same has removed the folder again
+                if attempt == 9:
+                    raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): give another {key}=...") from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def write_text(path: str | Path, text: str) -> None:

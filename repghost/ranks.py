@@ -10,10 +10,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import NamedTuple
@@ -32,10 +35,11 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from repghost.errors import UserError, user_message
+from repghost.errors import UserError, ended_by_signals, user_message
 from repghost.training.signals import end_workers
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_ENDED_BY_SIGNALS = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a program that has nothing to save
 
 Function = Callable[[DictConfig], None]
 
@@ -51,21 +55,67 @@ class Launcher(NamedTuple):
     nodes: int
 
 
+# torchrun's, with RANK; without its others they are of a scheduler, or left over.
+_OF_TORCHRUN = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
 def external_launcher() -> Launcher | None:
     """The torchrun or srun that started this process as a rank; None where a run starts its own ranks.
 
-    Shells and batch scripts of SLURM have its variables too: only what srun started is a step, and only several tasks
-    are ranks. Raises UserError for srun without --ntasks-per-node, which Lightning needs.
+    Shells and batch scripts of SLURM have its variables too: only what srun started is a step, only several tasks are
+    ranks, and in the step of an interactive shell nobody starts the others. Raises UserError for variables of torchrun
+    that are not complete, and for srun without --ntasks-per-node, which Lightning needs.
     """
     if TorchElasticEnvironment.detect():
+        if missing := [name for name in ("RANK", *_OF_TORCHRUN) if name not in os.environ]:
+            raise UserError(f"TORCHELASTIC_RUN_ID is set but {missing[0]} is not: unset it, or start ranks by torchrun")
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         return Launcher("torchrun", devices, int(os.environ["WORLD_SIZE"]) // devices)
-    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
+    if "SLURM_STEP_ID" not in os.environ or "SLURM_PTY_PORT" in os.environ or not SLURMEnvironment.detect():
+        return None
+    # An interactive step has the number of tasks of its allocation in SLURM_NTASKS.
+    if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"]))) > 1:
         if "SLURM_NTASKS_PER_NODE" not in os.environ:
             raise UserError(f"srun started {tasks} tasks: give --ntasks-per-node instead of --ntasks")
         devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
         return Launcher("srun", devices, tasks // devices)
     return None
+
+
+def global_rank() -> int:
+    """The number of this process among the ranks that a launcher started, 0 without a launcher.
+
+    What a scheduler or an earlier launcher left in the environment is dropped then, from Lightning too. Raises
+    UserError where it speaks of other ranks: nobody would start them.
+    """
+    if launcher := external_launcher():
+        return int(os.environ["RANK" if launcher.name == "torchrun" else "SLURM_PROCID"])
+    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        found = ", ".join(f"{name}={os.environ[name]}" for name in _OF_A_RANK if name in os.environ)
+        raise UserError(f"{found} in the environment, but no torchrun started these {size} ranks: unset them")
+    for name in _OF_A_RANK:
+        os.environ.pop(name, None)
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]  # Lightning read the variables when it was imported
+    return 0
+
+
+def require_meeting_point() -> None:
+    """Raises UserError where the ranks of an external launcher could not find each other, which takes minutes."""
+    address, port = environment().main_address, environment().main_port
+    try:
+        if isinstance(environment(), TorchElasticEnvironment):  # which has opened it before it starts a rank
+            socket.create_connection((address, port), timeout=10).close()
+        elif global_rank() == 0:
+            with socket.socket() as server:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.bind(("", port))
+        else:
+            socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={address} MASTER_PORT={port}: the ranks cannot meet there: {error.strerror}"
+        ) from None
 
 
 def environment() -> ClusterEnvironment:
@@ -109,6 +159,7 @@ def run_on_devices(function: Function, config: DictConfig) -> int:
     `function` is one that a new process can import. The code is 0, 1 after a failure, or that of a stop by a signal:
     `checkpoint.exit_code` where the config has it. Raises UserError for the mistake that ended the first rank.
     """
+    global_rank()
     trainer = config.trainer
     _, devices = choose_devices(trainer.accelerator, trainer.devices, trainer.num_nodes)
     ranks, accumulate = devices * trainer.num_nodes, trainer.get("accumulate", 1)
@@ -121,6 +172,8 @@ def run_on_devices(function: Function, config: DictConfig) -> int:
         )
     if ranks > 1 and not external_launcher():
         return _start_ranks(function, config, devices)
+    if ranks > 1:
+        require_meeting_point()
     (record(_run_rank) if ranks > 1 else _run_rank)(function, config)  # record: for torchrun's summary
     return 0
 
@@ -130,6 +183,8 @@ def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
     stopped = OmegaConf.select(config, "checkpoint.exit_code")
 
     def send(number: int) -> None:
+        if len(received) == 1:
+            os.write(2, f"{signal.Signals(number).name}: stopping\n".encode())
         ranks = multiprocessing.active_children()
         for rank in ranks:
             os.kill(rank.pid or 0, number)
@@ -140,7 +195,7 @@ def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # its last word on a rank that was killed
     logging.disable()  # what the elastic launcher says about a failure
-    with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received:
+    with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received, _blocked_in_ranks():
         logs = DefaultLogsSpecs(folder)
         launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=devices, max_restarts=0, logs_specs=logs)
         launch.rdzv_backend, launch.rdzv_endpoint = "c10d", "localhost:0"
@@ -155,8 +210,8 @@ def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
     message = recorded["message"] if isinstance(recorded, dict) else ""
     if message.startswith("UserError: "):
         raise UserError(message.removeprefix("UserError: "))
-    if received or failure.exitcode == stopped:
-        return stopped or 128 + received[0]
+    if received or failure.exitcode in (stopped, *_ENDED_BY_SIGNALS):
+        return stopped or (128 + received[0] if received else failure.exitcode)
     if failure.exitcode < 0:
         hint = "; out of memory is the usual cause" if failure.exitcode == -signal.SIGKILL else ""
         raise UserError(f"rank {rank} was ended by {failure.signal_name()}{hint}")
@@ -171,13 +226,15 @@ def _rank(function: Function, config: DictConfig) -> int:
     rank_zero_only.rank = int(os.environ["RANK"])  # type: ignore[attr-defined]  # RANK is newer than Lightning's import
     code = 0
     try:
-        _run_rank(function, config)
+        with ended_by_signals(quiet=True):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            _run_rank(function, config)
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
         end_workers()
     parent = multiprocessing.parent_process()
-    if (code and not dist.is_initialized()) or parent is None or not parent.is_alive():
+    if code in _ENDED_BY_SIGNALS or (code and not dist.is_initialized()) or parent is None or not parent.is_alive():
         sys.exit(code or 1)  # to return is to wait for all ranks and for the launcher
     return code
 
@@ -192,6 +249,23 @@ def _run_rank(function: Function, config: DictConfig) -> None:
         if isinstance(error, RuntimeError) and dist.is_initialized():
             time.sleep(_SECONDS_UNTIL_ENDED)
         raise
+
+
+@contextmanager
+def _blocked_in_ranks() -> Iterator[None]:
+    """Processes that are started in this context begin with the signals blocked: see _rank.
+
+    Python would print a traceback for one that comes while it imports what a rank needs.
+    """
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()  # takes the signals of this process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
 
 
 @contextmanager

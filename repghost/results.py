@@ -8,20 +8,18 @@ nothing is filled in. Check: `pytest tests/test_results.py`.
 
 import argparse
 import csv
-import errno
 import io
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from repghost.errors import UserError, run_command
-from repghost.files import locked, write_text
+from repghost.files import locked, require_writable, write_text
 from repghost.reference import IMAGENET, published
 from repghost.text import as_cell, from_cell
 
@@ -68,14 +66,9 @@ def require_writable_results(path: str | Path) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"results={path}: not a file: give results=FILE.csv")
     read_results(path)
-    folder, lock = next(folder for folder in path.parents if folder.exists()), Path(f"{path}.lock")
-    try:
-        if lock.exists() and not os.access(lock, os.W_OK):
-            raise PermissionError(errno.EACCES, f"{lock.name} belongs to someone else")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"results={path}: cannot be written ({error.strerror}): give results=FILE.csv") from None
+    require_writable(path, "results")
+    if (lock := Path(f"{path}.lock")).exists() and not os.access(lock, os.W_OK):
+        raise UserError(f"results={path}: {lock.name} beside it belongs to someone else: give another results=FILE.csv")
 
 
 def read_results(path: str | Path) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import resource
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,6 +103,28 @@ def test_a_write_that_is_cut_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "inside" / ".best_ema.ckpt.tmp").write_bytes(b"left")
     remove_leftovers(tmp_path)
     assert not list((tmp_path / "inside").iterdir())
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_found_before_the_training(
+    train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert train_tiny("name=a", "epochs=1") == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: outputs/a/checkpoints: 1 MiB are free") and "epoch   1" not in out
+
+
+def test_files_of_writers_that_live_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_write(path) as first:
+        first.write(b"first")
+        first.flush()
+        with atomic_write(path) as second:
+            second.write(b"second")
+            remove_leftovers(tmp_path)
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,21 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import Process, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from data.index import load_index
+from repghost.evaluation import Evaluation
+from repghost.model import repghostnet
 from repghost.training.signals import SIGNALS, StopSignals
+from repghost.weights import save_weights
 
 Program = Callable[..., int]
 
@@ -19,8 +25,21 @@ Program = Callable[..., int]
 # -- in one process ----------------------------------------------------------------------------------------------------
 
 
-def test_signals_are_remembered_once_they_are_deferred() -> None:
+@pytest.fixture
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Those of the signals before a test, after which this process is not going to end as one that got a signal is."""
     before = [signal.getsignal(number) for number in SIGNALS]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    yield before
+    signal.alarm(0)
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_are_remembered_once_they_are_deferred(handlers: list[Any]) -> None:
+    with StopSignals(exit_code=75):
+        pass
+    assert handlers == [signal.getsignal(number) for number in SIGNALS]
     with StopSignals(exit_code=75) as signals:
         signals.deferred = True
         assert not signals.received
@@ -30,13 +49,41 @@ def test_signals_are_remembered_once_they_are_deferred() -> None:
         with pytest.raises(SystemExit) as end:
             signals.stop()
     assert end.value.code == 75
-    assert before == [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)  # while the process ends
 
 
-def test_before_that_a_signal_ends_the_process_at_once() -> None:
+def test_the_line_about_a_signal(handlers: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    for quiet, deferred, line in (
+        (False, True, "SIGTERM: stopping after this batch\n"),
+        (False, False, "SIGTERM: stopped before the first batch\n"),
+        (True, True, ""),
+    ):
+        with suppress(SystemExit), StopSignals(exit_code=75, quiet=quiet) as signals:
+            signals.deferred = deferred
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert capfd.readouterr().err == line
+
+
+def test_before_that_a_signal_ends_the_process_at_once(handlers: list[Any]) -> None:
     with pytest.raises(SystemExit) as end, StopSignals(exit_code=3):
         os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_ends_within_a_batch(
+    number: signal.Signals, handlers: list[Any], evaluate_with: Program, shards: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Lightning would make a success of it, and wait for other ranks."""
+    save_weights(repghostnet(width=0.1, num_classes=3), Path("weights.safetensors"))
+    monkeypatch.setattr(Evaluation, "validation_step", lambda *_: os.kill(os.getpid(), number))
+    options = ("width=0.1", "image_size=32", f"data.root={shards}", "trainer=cpu", "data.workers=1", "loader=torch")
+    assert evaluate_with("weights=weights.safetensors", *options) == 128 + number
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "interrupted\n" if number == signal.SIGINT else "ended by SIGTERM\n")
+    assert not Path("results").exists()
 
 
 @pytest.mark.parametrize("wrong", ["exit_code=0", "exit_code=256", "minutes=0"])

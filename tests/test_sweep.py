@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TINY
+from filelock import FileLock
 from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from test_distributed import ROOT
 
 from repghost.errors import UserError
-from repghost.ranks import choose_devices, environment, external_launcher
-from repghost.training.trainer import make_trainer
+from repghost.ranks import choose_devices, environment, external_launcher, global_rank, require_meeting_point
+from repghost.training.loggers import GuardedLogger, RunWandbLogger
+from repghost.training.trainer import keep_compiled, make_trainer
 
 Program = Callable[..., int]
 
@@ -183,6 +188,83 @@ def test_slurm_without_srun_starts_its_own_ranks() -> None:
         trainer_of(num_nodes=2)
 
 
+def test_an_interactive_shell_of_slurm_starts_its_own_ranks() -> None:
+    for values in ({"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PTY_PORT": "40000"}):
+        with variables(**SRUN, **values):
+            assert external_launcher() is None
+
+
+def test_variables_that_were_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning reads RANK=1
+    with variables(RANK="1", LOCAL_RANK="1", WORLD_SIZE="1", MASTER_PORT="1"):
+        assert global_rank() == 0 and rank_zero_only.rank == 0
+        assert choose_devices("cpu", 2, 1) == ("cpu", 2)
+        assert "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+    with variables(RANK="1", WORLD_SIZE="2"), pytest.raises(UserError, match="RANK=1, WORLD_SIZE=2 in the environment"):
+        global_rank()
+    partly = {name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"}
+    with variables(**partly), pytest.raises(UserError, match="MASTER_ADDR is not"):
+        trainer_of()
+    for values, rank in (({**TORCHRUN, "RANK": "3"}, 3), ({**SRUN, "SLURM_PROCID": "2"}, 2)):
+        with variables(**values):
+            assert global_rank() == rank
+
+
+def test_ranks_that_could_not_meet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        with (
+            variables(**SRUN, **taken),
+            pytest.raises(UserError, match=f"MASTER_PORT={taken['MASTER_PORT']}: .* in use"),
+        ):
+            require_meeting_point()
+        with variables(**TORCHRUN | taken):
+            require_meeting_point()
+    with variables(**TORCHRUN | taken), pytest.raises(UserError, match="Connection refused"):
+        require_meeting_point()
+    for values in (TORCHRUN, {**SRUN, "SLURM_PROCID": "1"}):
+        with (
+            variables(**values | {"MASTER_ADDR": "no.such.invalid"}),
+            pytest.raises(UserError, match=r"no\.such\.invalid"),
+        ):
+            require_meeting_point()
+
+
+def test_threads_hold_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        with variables(**TORCHRUN):
+            monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is as before after the test
+            monkeypatch.delenv("OMP_NUM_THREADS")
+            trainer = trainer_of(num_nodes=2, threads=3)
+            assert trainer.strategy.launcher.launch(torch.get_num_threads, trainer=trainer) == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_damaged_compiled_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    whole = Path(torch._C.__file__).read_bytes()
+    contents = {
+        "whole.so": whole,
+        "cut.so": whole[:-1],
+        "begun.so": whole[:30],
+        "empty.so": b"",
+        "empty.cpp": b"",
+        "a.py": b"1",
+    }
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "locks").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "ab" / name).write_bytes(content)
+    with FileLock(tmp_path / "locks" / "key.lock"):
+        keep_compiled(tmp_path)
+    assert {path.name for path in (tmp_path / "ab").iterdir()} == contents.keys(), "another process is compiling"
+    keep_compiled(tmp_path)
+    assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "a.py"}
+
+
 def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from repghost.training.classifier import ImageClassifier
 
@@ -204,6 +286,25 @@ def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest
     assert Path("outputs/a/wandb_id.txt").read_text().strip() == identity
     written = list(Path("outputs/a/wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in written] == [f"run-{identity}.wandb"] * 2
+
+
+def test_wandb_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training must not wait at a terminal until somebody says who logs in."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    terminal, screen = pty.openpty()
+    with os.fdopen(screen, "r") as stdin, os.fdopen(os.dup(screen), "w") as stderr:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        logger = GuardedLogger(RunWandbLogger(str(tmp_path), finish_seconds=1, settings={}))
+        logger.log_metrics({"loss": 1.0})
+        assert sys.stdin is stdin
+    os.close(terminal)
+    line = capsys.readouterr().out
+    assert line.startswith("RunWandbLogger failed and is left out from here on") and "wandb login" in line
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ writes), and they are read with `weights_only=True`, so that nothing in them is 
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
+import multiprocessing
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,12 @@ import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
 from repghost.training.classifier import HostCopy, ImageClassifier
-from repghost.training.internals import disable_signal_handling, rescale_batches, restart_validation
+from repghost.training.internals import rescale_batches, restart_validation
 from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
@@ -34,6 +36,8 @@ BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
 
 # Changes with the content of a checkpoint; 1 had no such key.
 FORMAT = 2
+
+_TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
 
 # What a rank requests at the end of a batch; all ranks follow the largest request.
 GO_ON, SAVE, STOP = 0, 1, 2
@@ -71,6 +75,17 @@ def resume_point(folder: Path) -> Path | None:
     return None
 
 
+def require_room(folder: Path, classifier: ImageClassifier) -> None:
+    """Raises UserError where the disk has less room than two checkpoints of a run need."""
+    network = sum(tensor.nbytes for tensor in classifier.model.state_dict().values())
+    needed = 2 * _TENSORS_OF_A_WEIGHT * network
+    if (free := shutil.disk_usage(folder.parent).free) < needed:
+        raise UserError(
+            f"{folder}: {free / 2**20:.0f} MiB are free on this disk, and two checkpoints take {needed / 2**20:.0f}: "
+            "make room, or give another output=..."
+        )
+
+
 # -- when to save ------------------------------------------------------------------------------------------------------
 
 
@@ -83,18 +98,21 @@ class Checkpoints(Checkpoint):
     def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
-        self.signals = StopSignals(exit_code)
+        # Who started the ranks speaks for them.
+        started = multiprocessing.parent_process() is not None
+        self.signals = StopSignals(exit_code, quiet=started or rank_zero_only.rank != 0)  # type: ignore[attr-defined]
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
         self._request: HostCopy | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        disable_signal_handling(trainer)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            require_room(self._folder, _classifier(trainer))
         self.signals.deferred = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -4,10 +4,12 @@ Whatever goes wrong in W&B or TensorBoard, the training goes on.
 Check: `pytest tests/test_train.py tests/test_sweep.py`.
 """
 
+import os
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 from statistics import median
@@ -44,7 +46,8 @@ class GuardedLogger(Logger):
         if self._logger is None:
             return
         try:
-            getattr(self._logger, method)(*arguments, **options)
+            with _no_questions():
+                getattr(self._logger, method)(*arguments, **options)
             if method == "finalize":
                 self._logger = None
         except Exception as error:
@@ -75,6 +78,18 @@ class RunTensorBoardLogger(TensorBoardLogger):
         for path in images:
             with Image.open(path) as image:
                 self.experiment.add_image(key, np.asarray(image.convert("RGB")), dataformats="HWC")
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Hides the terminal, at which wandb would ask who logs in, and wait: it fails instead and says what to do."""
+    stdin = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin
 
 
 class RunWandbLogger(WandbLogger):

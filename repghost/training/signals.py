@@ -13,6 +13,7 @@ import multiprocessing.util  # registers what it does at exit now, so that end_w
 import os
 import signal
 import sys
+from contextlib import suppress
 from functools import cache
 from types import FrameType
 from typing import Self
@@ -26,14 +27,16 @@ class StopSignals:
     """A context in which the signals ask the run to stop; `received` says whether one came.
 
     exit_code: of a process that a signal stopped. Until `deferred` is set there is nothing to save, and a signal ends
-    the process at once.
+    the process at once. quiet: without a line, on all ranks but one. A signal leaves its handlers in place, so that
+    more of them change nothing while the process ends.
     """
 
-    def __init__(self, exit_code: int) -> None:
+    def __init__(self, exit_code: int, quiet: bool = False) -> None:
         if not 1 <= exit_code <= 255:
             raise UserError(f"checkpoint.exit_code={exit_code} is not in 1 to 255")
         self.received = self.deferred = False
         self._exit_code = exit_code
+        self._quiet = quiet
         self._process = os.getpid()
 
     def __enter__(self) -> Self:
@@ -41,8 +44,9 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        if not self.received:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def stop(self) -> None:
         """Ends the process."""
@@ -52,10 +56,12 @@ class StopSignals:
         if self.received or os.getpid() != self._process:  # a forked worker inherits the handler
             return
         self.received = True
+        if not self._quiet:
+            what = "stopping after this batch" if self.deferred else "stopped before the first batch"
+            with suppress(OSError):  # not by print, since what the signal interrupted may be a print
+                os.write(2, f"{signal.Signals(number).name}: {what}\n".encode())
         if not self.deferred:
             self.stop()
-        # Not by print, since what the signal interrupted may be a print.
-        os.write(2, f"{signal.Signals(number).name}: stopping after this batch\n".encode())
 
 
 def ignore_signals(worker: int) -> None:

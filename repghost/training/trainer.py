@@ -7,14 +7,17 @@ import ctypes
 import logging
 import os
 import shutil
+import struct
 import sysconfig
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
@@ -22,7 +25,13 @@ from torch import Tensor
 
 from repghost.errors import UserError
 from repghost.ranks import choose_devices, environment
-from repghost.training.internals import choose_kernels_by_rule, default_cache_dir, has_triton, ignore_warnings
+from repghost.training.internals import (
+    choose_kernels_by_rule,
+    default_cache_dir,
+    disable_signal_handling,
+    has_triton,
+    ignore_warnings,
+)
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
@@ -54,13 +63,14 @@ def make_trainer(
     pl.Trainer, such as its callbacks.
     """
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
-    _set_up_process(accelerator, threads)
-    return pl.Trainer(
+    distributed = devices * num_nodes > 1
+    _set_up_process(accelerator, threads, distributed)
+    trainer = pl.Trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         precision=PRECISIONS[resolve_precision(precision, accelerator)],  # type: ignore[arg-type]
-        strategy=_distributed(accelerator, timeout_minutes) if devices * num_nodes > 1 else "auto",
+        strategy=_distributed(accelerator, timeout_minutes) if distributed else "auto",
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
         deterministic=deterministic,
@@ -73,12 +83,16 @@ def make_trainer(
         enable_model_summary=False,
         **{"logger": False, **options},
     )
+    disable_signal_handling(trainer)
+    return trainer
 
 
-def _set_up_process(accelerator: str, threads: int | None) -> None:
+def _set_up_process(accelerator: str, threads: int | None, distributed: bool) -> None:
     ignore_warnings()
     if threads is not None:
         torch.set_num_threads(threads)
+        if distributed:  # Lightning would choose another number for a rank that does not have this variable
+            os.environ["OMP_NUM_THREADS"] = str(threads)
     if accelerator == "cpu":
         keep_freed_memory()
     # Float32 means float32: TensorFloat-32 convolutions would cost the fused model its 1e-5.
@@ -147,10 +161,38 @@ def compile_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def keep_compiled(folder: str | Path) -> None:
     """Keeps compiled code in `folder`, so that the next run starts warm, unless TORCHINDUCTOR_CACHE_DIR says where.
 
-    torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again.
+    torch's default is in the temporary folder, which neither a reboot nor a cluster's next job finds again. What a
+    process that was killed left half written there is removed, since torch would load it again and again.
     """
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) == default_cache_dir():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder).expanduser().resolve())
+    _remove_damaged(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes empty files and libraries without their end, unless another process is compiling (torch's locks)."""
+    if any(_is_held(lock) for lock in folder.glob("locks/*.lock")):
+        return
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    for path in files:
+        if not path.stat().st_size or (path.suffix == ".so" and not _is_whole(path)):
+            path.unlink(missing_ok=True)
+
+
+def _is_held(lock: Path) -> bool:
+    with suppress(OSError), FileLock(lock, timeout=0):
+        return False
+    return True
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library (elf(5), 64 bits) reaches to the end of its section headers, the last thing in it."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    start, size, count = struct.unpack_from("=40xQ10xHH", header)
+    return library.stat().st_size >= start + size * count
 
 
 def _missing_for_compiling(device_type: str) -> str | None:
