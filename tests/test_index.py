@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -542,3 +544,19 @@ def test_shards_that_are_not_there(tmp_path):
     write_tar(tmp_path / "in" / "x-0.tar", GOOD)
     with pytest.raises(UserError, match=r"no shard matches x-1\.tar"):
         load_index(tmp_path / "in", "train", tmp_path / "cache", "x-{0..1}.tar")
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, data.index; assert 'torch' not in sys.modules; from repghost.reparameterize import reparameterize"
+    )
+    code += "; import repghost; assert repghost.reparameterize is reparameterize; from repghost import RepGhostNet"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_workers_is_a_count(tmp_path, capsys, value):
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path), "--verify", f"--workers={value}"])
+    assert end.value.code == 2 and f"{value} is not a whole number from 1 on" in capsys.readouterr().err
