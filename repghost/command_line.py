@@ -65,6 +65,9 @@ def read_override(argument: str, known: Mapping[str, Key], sweeping: bool) -> st
         )
     if override.is_sweep_override() and not sweeping:
         raise UserError(f"{shown(argument)}: several values are a sweep: give -m, too; a list is KEY=[A,B]")
+    choices = sorted(file.stem for file in (CONF / override.key_or_group).glob("*.yaml"))
+    if choices and not (override.is_sweep_override() or isinstance(override.value(), str | list | dict)):
+        raise UserError(f"{shown(argument)}: give one of {', '.join(choices)}")
     return argument
 
 

@@ -182,6 +182,8 @@ TOGETHER = [
     (["checkpoint.grace_seconds=x"], "checkpoint.grace_seconds=x: no such key"),
     (["+foo=1"], "foo=1: no such key"),
     (["+trainer.max_steps=1"], "trainer.max_steps=1: no such key"),
+    (["logger=null"], "logger=null: give one of csv, tensorboard, wandb"),
+    (["data=5"], "data=5: give one of digits, imagenet, imagenet_a"),
     (["recipe=best"], "recipe=best: give one of finetune, paper, quick"),
     (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
     (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),
