@@ -251,7 +251,7 @@ def test_damaged_compiled_files_are_removed(tmp_path: Path, monkeypatch: pytest.
         "cut.so": whole[:-1],
         "begun.so": whole[:30],
         "empty.so": b"",
-        "empty.cpp": b"",
+        "whole.so.load_ok": b"",
         "a.py": b"1",
     }
     (tmp_path / "ab").mkdir()
@@ -262,7 +262,7 @@ def test_damaged_compiled_files_are_removed(tmp_path: Path, monkeypatch: pytest.
         keep_compiled(tmp_path)
     assert {path.name for path in (tmp_path / "ab").iterdir()} == contents.keys(), "another process is compiling"
     keep_compiled(tmp_path)
-    assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "a.py"}
+    assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "whole.so.load_ok", "a.py"}
 
 
 def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,13 +170,15 @@ def keep_compiled(folder: str | Path) -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Removes empty files and libraries without their end, unless another process is compiling (torch's locks)."""
+    """Removes libraries without their end, unless another process is compiling (torch's locks).
+
+    A compiler writes them in place, and torch everything else whole.
+    """
     if any(_is_held(lock) for lock in folder.glob("locks/*.lock")):
         return
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    for path in files:
-        if not path.stat().st_size or (path.suffix == ".so" and not _is_whole(path)):
-            path.unlink(missing_ok=True)
+    for library in folder.rglob("*.so"):
+        if not _is_whole(library):
+            library.unlink()
 
 
 def _is_held(lock: Path) -> bool:
