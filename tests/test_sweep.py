@@ -248,7 +248,7 @@ def test_damaged_compiled_files_are_removed(tmp_path: Path, monkeypatch: pytest.
     whole = Path(torch._C.__file__).read_bytes()
     contents = {
         "whole.so": whole,
-        "cut.so": whole[:-1],
+        "cut.so": whole[: len(whole) // 2],
         "begun.so": whole[:30],
         "empty.so": b"",
         "whole.so.load_ok": b"",
