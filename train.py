@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from repghost.description import describe_run
 from repghost.evaluation import evaluate_run
 from repghost.launch import command
 from repghost.ranks import run_on_devices
@@ -54,7 +55,9 @@ def train(config: DictConfig) -> None:
     with checkpoints.signals:
         data = instantiate(config.data)
         data.setup("fit")
-        write_class_names(directory, data.index("train").classes)
+        index = data.index("train")
+        checkpoints.description = describe_run(config, index.classes, index.fingerprint)
+        write_class_names(directory, index.classes)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
         model = instantiate(config.model, num_classes=data.num_classes)
         if config.weights:

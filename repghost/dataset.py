@@ -32,6 +32,10 @@ class SplitIndex(Protocol):
     def keys(self) -> Sequence[str]:
         """The key of every image: its member name without extension."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the images and the class names: tells data sets apart, wherever they lie."""
+
 
 class DataModule(pl.LightningDataModule):
     """Feeds batches of `Batch` to a Trainer and knows what its splits hold."""

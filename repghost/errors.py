@@ -7,12 +7,26 @@ ends every command in one line on stderr and exit code 2. Anything else is a def
 import errno
 import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
+from unicodedata import category
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
     """A mistake in a command, a file or a data set. One line: what is wrong, where, and what to do."""
+
+
+def printable(text: str, stream: TextIO | None = None) -> str:
+    """`text` on one line, in characters that a terminal shows and does not obey.
+
+    All others (line breaks, escape sequences, the surrogates of file names that are no UTF-8) are escaped as in a
+    Python string. stream: where the text goes, whose encoding may lack more; by default any stream of UTF-8.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or category(c) == "Zs" else ascii(c)[1:-1] for c in text)
+    encoding = (stream and stream.encoding) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -26,7 +40,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         line = user_message(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {printable(line)}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -77,3 +91,8 @@ def _of_the_config(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
+
+
+def first_sentence(error: BaseException) -> str:
+    """What other libraries' errors begin with, on one line."""
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

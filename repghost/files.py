@@ -1,11 +1,13 @@
 """How files are written: whole or not at all, and tables as CSV. Check: `pytest tests/test_checkpoint.py`."""
 
 import csv
+import errno
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +52,33 @@ def remove_leftovers(folder: str | Path) -> None:
     """Removes what writers that were killed left under `folder`."""
     for path in Path(folder).rglob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def require_writable(path: str | Path, key: str) -> None:
+    """Raises UserError that names `key` unless a file can be written at `path`; leaves nothing behind.
+
+    For the beginning of a command, so that what cannot be written is found before the work.
+    """
+    path = Path(path)
+    made: list[Path] = []
+    try:
+        made += [folder for folder in path.parents if not folder.exists()]
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        for attempt in range(10):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path.parent):
+                    break
+            except FileNotFoundError:  # another command that finds out the same has removed the folder again
+                if attempt == 9:
+                    raise
+    except OSError as error:
+        raise UserError(f"{key}={path}: cannot be written ({error.strerror}): give another {key}=...") from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def write_text(path: str | Path, text: str) -> None:
