@@ -114,12 +114,12 @@ class Description:
 
     def say_differences(self, used: Mapping[str, Any]) -> None:
         """Prints a line on stderr for every field of the preprocessing in which `used` is not as in the training."""
-        for key, words in (("image_size", "at {} pixels"), ("crop_fraction", "with crop_fraction={}"),
-                           ("mean", "with mean={}"), ("std", "with std={}")):  # fmt: skip
+        for key, unit in (("image_size", " pixels"), ("crop_fraction", ""), ("mean", ""), ("std", "")):
             trained, value = getattr(self, key), used.get(key)
             value = tuple(value) if isinstance(trained, tuple) and value is not None else value
             if None not in (trained, value) and trained != value:
-                print(f"trained {words.format(trained)}, used {words.format(value)}", file=sys.stderr, flush=True)
+                name = "" if key == "image_size" else f"{key}="
+                print(f"trained at {name}{trained}{unit}, used at {name}{value}", file=sys.stderr, flush=True)
 
 
 def describe_run(config: Any, classes: Sequence[str] | None, fingerprint: str | None) -> Description:

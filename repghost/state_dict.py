@@ -37,7 +37,10 @@ def width_of(state: StateDict) -> float | None:
     widths = [width for width in WIDTHS if round_channels(960 * width) == head.shape[1]]
     widths += [n / 100 for n in range(1, 1001) if round_channels(9.6 * n) == head.shape[1]]
     for width in widths:
-        if width in WIDTHS or not _misfit(state, network_of(state, "", width)):
+        if width in WIDTHS:
+            return width
+        expected = network_of(state, "", width).state_dict()
+        if all(tensor.shape == expected[name].shape for name, tensor in state.items() if name in expected):
             return width
     return None
 

@@ -61,7 +61,7 @@ def test_weights_carry_it_and_equal_weights_are_equal_files(tiny: Any) -> None:
     assert Path("again.safetensors").read_bytes() == Path("w.safetensors").read_bytes()
     network = repghostnet(weights="w.safetensors")
     assert (network.width, network.classifier.out_features) == (0.1, 3)
-    with pytest.raises(UserError, match="width=0.5"):
+    with pytest.raises(UserError, match=r"width=0\.5"):
         repghostnet(0.5, weights="w.safetensors")
     with pytest.raises(UserError, match="weights of 3 classes, but the network has 5"):
         repghostnet(num_classes=5, weights="w.safetensors")
