@@ -66,7 +66,7 @@ def parse(kind: type[T], arguments: Sequence[str]) -> tuple[list[str], T]:
     if {"-h", "--help"} & set(arguments):
         print((sys.modules[kind.__module__].__doc__ or "").strip(), "\nOptions, given as KEY=VALUE:", sep="\n")
         for key, entry in declared.items():
-            default = "" if entry.default is None else f" (default: {str(entry.default).lower()})"
+            default = "" if entry.default in (None, "") else f" (default: {str(entry.default).lower()})"
             print(f"  {key:<20}{entry.metadata['sentence']}: {entry.metadata['values'].words}{default}")
         sys.exit(0)
     paths, given = list[str](), dict[str, Any]()
