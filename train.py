@@ -37,6 +37,7 @@ def train(config: DictConfig) -> None:
     import pytorch_lightning as pl
     from hydra.utils import instantiate
 
+    from repghost.description import describe_run
     from repghost.evaluation import evaluate_run
     from repghost.reference import reference_curve
     from repghost.run import folder_of, keep_data
@@ -62,6 +63,8 @@ def train(config: DictConfig) -> None:
         data = instantiate(config.data)
         data.setup("fit")
         keep_data(directory, data)
+        index = data.index("train")
+        checkpoints.description = describe_run(config, index.classes, index.fingerprint)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
         model = instantiate(config.model, num_classes=data.num_classes)
         if config.weights:

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repghost.model import WIDTHS, RepGhostNet
+    from repghost.prediction import classify
     from repghost.reparameterization import reparameterize
-    from repghost.weights import load_weights, repghostnet
+    from repghost.weights import load_weights, read_description, repghostnet
 
-__all__ = ["WIDTHS", "RepGhostNet", "load_weights", "reparameterize", "repghostnet"]
+__all__ = ["WIDTHS", "RepGhostNet", "classify", "load_weights", "read_description", "reparameterize", "repghostnet"]
 
-_MODULES = {"WIDTHS": "model", "RepGhostNet": "model", "reparameterize": "reparameterization"}
+_MODULES = {
+    "WIDTHS": "model", "RepGhostNet": "model", "classify": "prediction", "reparameterize": "reparameterization",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

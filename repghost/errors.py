@@ -208,3 +208,8 @@ def _of_the_config(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
+
+
+def first_sentence(error: BaseException) -> str:
+    """What other libraries' errors begin with, on one line."""
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from repghost.dataset import Batch, DataModule
+from repghost.description import describe_run
 from repghost.errors import UserError, print_rank_zero
 from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
@@ -205,8 +206,9 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
         subject = subject_of_run(directory, selection)
         if selection == "last" and trainer.is_global_zero:
             assert isinstance(subject.network, RepGhostNet)
-            save_weights(subject.network, directory / "model.safetensors")
-            save_weights(reparameterize(subject.network), directory / "model_fused.safetensors")
+            description = describe_run(config, data.index("train").classes, data.index("train").fingerprint)
+            save_weights(subject.network, directory / "model.safetensors", description)
+            save_weights(reparameterize(subject.network), directory / "model_fused.safetensors", description)
         if selection != "last" and subject.epoch == evaluations["last"]["epoch"]:  # the same weights
             evaluations[selection] = evaluations["last"] | {"selection": selection}
         else:

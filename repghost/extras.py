@@ -10,7 +10,7 @@ EXTRAS = {
     "": ("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "numpy", "matplotlib", "safetensors",
          "huggingface_hub", "filelock", "PIL", "tqdm", "omegaconf", "yaml"),
     "train": ("hydra", "webdataset", "wandb", "tensorboard", "sklearn", "scipy", "pyarrow", "braceexpand", "fsspec",
-              "aiohttp", "nvidia", "pydantic"),
+              "aiohttp", "nvidia", "pydantic", "pydantic_core"),
     "sweep": ("hydra_plugins", "optuna", "submitit"),
     "deploy": ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The options of predict and export: fields of a dataclass, given as KEY=VALUE; and the network that they name.
+"""The options of predict and export: fields of a dataclass, given as KEY=VALUE.
 
     @dataclass
     class Options(NetworkOptions):
@@ -7,24 +7,18 @@
     paths, options = parse(Options, sys.argv[1:])
 
 `--help` prints the docstring of the module that declares the options, and all of them. A path that could be read as an
-option is written ./KEY=VALUE. A run's image size, crop and normalization are those of its config.yaml; published
-weights have ImageNet's. Check: `pytest tests/test_options.py tests/test_predict.py tests/test_export.py`.
+option is written ./KEY=VALUE. Nothing here takes long to import: a command is understood before its work begins.
+Check: `pytest tests/test_options.py`.
 """
 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from omegaconf import DictConfig
-
 from repghost.errors import UserError
-from repghost.images import Preprocessing
-from repghost.model import RepGhostNet
-from repghost.run import SELECTIONS, load_run, read_config
-from repghost.weights import load_model
 
 T = TypeVar("T")
 
@@ -72,7 +66,7 @@ def parse(kind: type[T], arguments: Sequence[str]) -> tuple[list[str], T]:
     if {"-h", "--help"} & set(arguments):
         print((sys.modules[kind.__module__].__doc__ or "").strip(), "\nOptions, given as KEY=VALUE:", sep="\n")
         for key, entry in declared.items():
-            default = "" if entry.default is None else f" (default: {str(entry.default).lower()})"
+            default = "" if entry.default in (None, "") else f" (default: {str(entry.default).lower()})"
             print(f"  {key:<20}{entry.metadata['sentence']}: {entry.metadata['values'].words}{default}")
         sys.exit(0)
     paths, given = list[str](), dict[str, Any]()
@@ -98,39 +92,20 @@ def parse(kind: type[T], arguments: Sequence[str]) -> tuple[list[str], T]:
 class NetworkOptions:
     """Which network, and which images it sees."""
 
-    run: Path | None = option("folder of a run, outputs/NAME", PATH)
-    selection: str | None = option("epoch of the run, by default last", one_of(*SELECTIONS))
+    run: Path | None = option("a run's folder, outputs/NAME: its averaged weights", PATH)
+    selection: str | None = option("which epoch of the run, by default last", one_of("last", "best_ema"))
     weights: str | None = option("instead of a run: timm, official:FILE, a file or a folder", TEXT)
-    width: float | None = option("of the weights", NUMBER)
-    image_size: int | None = option("side of what the network sees, by default the run's", WHOLE)
-    crop_fraction: float | None = option("of the centre crop, by default the run's", SHARE)
+    width: float | None = option("width multiplier, for timm and for files that do not tell it", NUMBER)
+    image_size: int | None = option("side of what the network sees in pixels, by default that of its training", WHOLE)
+    crop_fraction: float | None = option("share of the shorter side that the centre crop takes, as trained", SHARE)
 
-
-def open_network(options: NetworkOptions) -> tuple[RepGhostNet, Preprocessing]:
-    """The network of a run or of weights, in evaluation mode, and its preprocessing.
-
-    Raises UserError for options that contradict each other.
-    """
-    if (options.run is None) == (options.weights is None):
-        raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE with its width=")
-    if options.run is not None:
-        if options.width is not None:
+    def require_network(self) -> None:
+        """Raises UserError unless the options name one network, and only with keys that go together."""
+        if (self.run is None) == (self.weights is None):
+            raise UserError("give either run=outputs/NAME or weights=timm, weights=FILE")
+        if self.run is not None and self.width is not None:
             raise UserError("width: a run knows its own; the key goes with weights=")
-        preprocessing = preprocessing_of(read_config(options.run))
-        model, _ = load_run(options.run, options.selection or "last")
-    else:
-        if options.selection is not None:
+        if self.run is None and self.selection is not None:
             raise UserError("selection: the key goes with run=")
-        if options.width is None:
-            raise UserError(f"weights={options.weights}: say which width, width=1.0")
-        preprocessing, model = Preprocessing(), load_model(str(options.weights), options.width)
-    if (channels := model.conv_stem.in_channels) != 3:
-        raise UserError(f"{options.run or options.weights}: a network for images with {channels} channels, not for RGB")
-    given = {key: value for key in ("image_size", "crop_fraction") if (value := getattr(options, key)) is not None}
-    return model, replace(preprocessing, **given)
-
-
-def preprocessing_of(config: DictConfig) -> Preprocessing:
-    """What the run of this config evaluates its images with."""
-    augment = config.recipe.augment
-    return Preprocessing(config.image_size, config.data.crop_fraction, tuple(augment.mean), tuple(augment.std))
+        if self.weights == "timm" and self.width is None:
+            raise UserError("weights=timm: say which width, width=1.0")

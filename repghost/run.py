@@ -22,7 +22,7 @@ from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
 from repghost.results import require_writable_results
 from repghost.run_data import CLASSES_FILE, record_data, require_equal, require_same_data
-from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint
+from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint, read_description
 
 if TYPE_CHECKING:
     from repghost.dataset import DataModule  # which needs Lightning
@@ -105,14 +105,15 @@ def read_config(directory: Path) -> DictConfig:
 
 
 def resolved_for_evaluation(config: DictConfig) -> DictConfig:
-    """The config of evaluate.py; with run=, what the command does not name is the run's.
+    """The config of evaluate.py; what the command does not name is the run's or what the weights' file says of itself.
 
-    That is its data, image size, loader and normalization; with another data=, its image size and normalization.
+    Of a run that is its data, image size, loader and normalization; with another data=, its image size and
+    normalization. Of a file it is width, image size, crop and normalization.
     """
     from hydra.core.hydra_config import HydraConfig
 
+    named = {_key_of(override) for override in HydraConfig.get().overrides.task}
     if config.run is not None:
-        named = {_key_of(override) for override in HydraConfig.get().overrides.task}
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:
             read = [key for key in config.data if not key.startswith("_") and key != "augment"]
@@ -121,6 +122,11 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
         for key in (prefix + name for prefix, names in taken for name in names):
             if key not in named and OmegaConf.select(trained, key) is not None:
                 OmegaConf.update(config, key, OmegaConf.select(trained, key), merge=False)
+    else:
+        given = {key: OmegaConf.select(config, key) for key in named}
+        known = read_description(config.weights).settings(config.weights, given)
+        for key, value in known.items():
+            OmegaConf.update(config, key, list(value) if isinstance(value, tuple) else value, merge=False)
     OmegaConf.resolve(config)
     require_values(config)
     require_writable_results(config.results)

@@ -3,7 +3,7 @@
 Check: `pytest tests/test_run_data.py`.
 """
 
-from unicodedata import category
+from repghost.errors import printable
 
 FORMULA = ("=", "+", "-", "@")  # what a spreadsheet takes for the beginning of one
 
@@ -15,12 +15,8 @@ def one_line(name: str) -> str:
     """
     inner = name.strip()
     start = name.find(inner) if inner else len(name)
-    return "".join(
-        character
-        if start <= i < start + len(inner) and (character.isprintable() or category(character) == "Zs")
-        else _escaped(character)
-        for i, character in enumerate(name)
-    )
+    before, after = name[:start], name[start + len(inner) :]
+    return "".join([*map(_escaped, before), printable(inner), *map(_escaped, after)])
 
 
 def _escaped(character: str) -> str:

@@ -25,6 +25,7 @@ from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export import check as export_check
 from repghost.export.formats import Preprocess
+from repghost.export.options import FORMATS as ALL_FORMATS
 from repghost.export.runtimes import open_exported
 from repghost.images import Preprocessing, sample_images
 from repghost.model import WIDTHS
@@ -32,7 +33,7 @@ from repghost.reference import timm_name
 from repghost.weights import load_model, save_weights
 
 Program = Callable[..., int]
-FORMATS = ("onnx", "executorch", "torchscript", "coreml", "safetensors")
+NETWORK_FORMATS = ("onnx", "executorch", "torchscript", "coreml", "safetensors")
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_an_export_that_differs_from_torch_is_not_written(
 
 
 def test_a_missing_package_names_the_extra(half: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(export.FORMATS, "onnx", export.FORMATS["onnx"]._replace(packages=("onnx_of_tomorrow",)))
+    monkeypatch.setitem(ALL_FORMATS, "onnx", ALL_FORMATS["onnx"]._replace(packages=("onnx_of_tomorrow",)))
     assert exported("format=onnx") == 2
     assert "onnx_of_tomorrow is not installed: pip install 'repghost[deploy]'" in capsys.readouterr().err
 
@@ -233,11 +234,11 @@ def test_evaluate_says_what_it_cannot_evaluate(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", NETWORK_FORMATS)
 def test_every_format(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(f"format={form}", "image_size=64") == 0
     said = capsys.readouterr().out
-    assert Path(f"repghostnet_0.5{export.FORMATS[form].ending}").exists()
+    assert Path(f"repghostnet_0.5{ALL_FORMATS[form].ending}").exists()
     assert ("not run: Core ML runs on macOS only" if form == "coreml" else "largest difference from torch") in said
 
 
@@ -256,7 +257,7 @@ def test_every_format_preprocesses(half: Any, form: str, capsys: pytest.CaptureF
 def test_float16(half: Any, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(f"format={form}", "image_size=96", "dtype=float16") == 0
     assert exported("format=safetensors", "image_size=96") == 0
-    small = Path(f"repghostnet_0.5_float16{export.FORMATS[form].ending}")
+    small = Path(f"repghostnet_0.5_float16{ALL_FORMATS[form].ending}")
     size = sum(path.stat().st_size for path in [small, *small.rglob("*")])
     # XNNPACK keeps the weights in float32 and rounds them when it loads them.
     assert form == "executorch" or size < 0.7 * Path("repghostnet_0.5.safetensors").stat().st_size

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TINY, train_in
+from conftest import train_in
 from images import encoded, make_class_folders, make_images, patch
 from outcomes import REFUSED, WORKS
 from safetensors.torch import save_file
@@ -35,7 +35,9 @@ def places(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, 
     """The files and folders that rows name in braces."""
     base = tmp_path_factory.mktemp("places")
     train_in(base, f"data.root={shards}", "epochs=1", "name=done", f"output={base}/runs")
-    found = {name: base / name for name in ("empty", "folder", "full", "flat", "images", "valid", "one_class", "broken")}
+    found = {
+        name: base / name for name in ("empty", "folder", "full", "flat", "images", "valid", "one_class", "broken")
+    }
     for name in ("empty", "folder", "full"):
         found[name].mkdir()
     (found["folder"] / "notes.txt").write_text("no shards\n")
@@ -132,9 +134,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def outcome(
-    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):  # type: ignore[no-untyped-def]
+def outcome(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     """Runs a program in this process, in an empty folder, and returns what came of it."""
     known = places | {"out": str(tmp_path / "out"), "new": str(tmp_path / "new"), "cache": str(tmp_path / "cache")}
 

@@ -26,7 +26,9 @@ from data.sampling import RankSampler
 from repghost import predict, repghostnet
 from repghost.errors import UserError, run_command
 from repghost.images import Preprocessing, image_files, read_image
+from repghost.networks import open_network
 from repghost.options import parse
+from repghost.prediction import Prediction, Predictor
 from repghost.reference import class_words, synsets
 from repghost.run import class_names_of
 from repghost.run_data import write_class_names
@@ -189,7 +191,10 @@ def test_paths_with_an_equals_sign(
     [
         (["a.jpg"], "give either run="),
         (["weights=x", "width=1"], "give images, folders or URLs"),
-        (["a.jpg", "weights=x"], "say which width"),
+        (["a.jpg", "weights=x"], "x: no such file"),
+        (["a.jpg", "weights=timm"], "say which width"),
+        (["a.jpg", "weights=x", "out=."], "out=.: cannot be written"),
+        (["a.jpg", "weights=x", "out=/proc/none/x.csv"], "out=/proc/none/x.csv: cannot be written"),
         (["a.jpg", "weights=x", "width=1", "top=0"], "top=0"),
         (["a.jpg", "weights=x", "width=1", "format=xml"], "format=xml"),
         (["a.jpg", "weights=nothing.pt", "width=1"], "nothing.pt: no such file"),
@@ -228,9 +233,9 @@ def make_run(folder: Path, **changes: Any) -> torch.nn.Module:
     return model.eval()
 
 
-def predict_one(image: Path, *arguments: str) -> predict.Prediction:
+def predict_one(image: Path, *arguments: str) -> Prediction:
     paths, options = parse(predict.Options, [str(image), *arguments])
-    (prediction,) = predict.Predictor(options)(paths, lambda file, error: pytest.fail(f"{file}: {error}"))
+    (prediction,) = Predictor(open_network(options))(paths, lambda file, error: pytest.fail(f"{file}: {error}"))
     return prediction
 
 

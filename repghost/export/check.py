@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from repghost.errors import UserError
 from repghost.export.formats import Deployable, Deployment
@@ -95,13 +96,12 @@ def int8_report(
     report = {"file": str(out), "calibration": str(source), "images": len(images)}
     report |= {"top1_agreement": agreement, "sqnr_db": noise, "layers": layers}
     write_text(path, json.dumps(report, indent=2) + "\n")
-    size, crop = deployment.preprocessing.image_size, deployment.preprocessing.crop_fraction
     lines = [
         f"INT8 and float32 agree in the Top-1 of {agreement:.1f}% of the {len(images)} calibration images; "
         f"signal to noise {noise:.1f} dB",
         f"layers that lose most when they alone are quantized (all of them in {path}):",
         *(f"  {row['sqnr_db']:5.1f} dB  {row['layer']}" for row in layers[:SHOWN]),
-        f"accuracy: python evaluate.py weights={out} image_size={size} data.crop_fraction={crop:g} data.root=SHARDS",
+        f"accuracy: python evaluate.py weights={out} data.root=SHARDS",
     ]
     return "\n".join(lines)
 
@@ -124,16 +124,16 @@ def layer_losses(model: RepGhostNet, images: Tensor) -> list[dict[str, Any]]:
     and `top1_flips`. images: float32 [N, 3, H, W].
     """
     exact, rows = model(images), []
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            weight = layer.weight.data
-            layer.weight.data = _rounded_weight(weight)
-            hook = layer.register_forward_pre_hook(lambda _, inputs: (_rounded_input(inputs[0]),))
-            logits = model(images)
-            hook.remove()
-            layer.weight.data = weight
-            flips = int((logits.argmax(1) != exact.argmax(1)).sum())
-            rows.append({"layer": name, "sqnr_db": round(sqnr(exact, logits), 2), "top1_flips": flips})
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    for name, layer in tqdm(layers, "INT8 of each layer", disable=None, leave=False):
+        weight = layer.weight.data
+        layer.weight.data = _rounded_weight(weight)
+        hook = layer.register_forward_pre_hook(lambda _, inputs: (_rounded_input(inputs[0]),))
+        logits = model(images)
+        hook.remove()
+        layer.weight.data = weight
+        flips = int((logits.argmax(1) != exact.argmax(1)).sum())
+        rows.append({"layer": name, "sqnr_db": round(sqnr(exact, logits), 2), "top1_flips": flips})
     return sorted(rows, key=lambda row: row["sqnr_db"])
 
 

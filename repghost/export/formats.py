@@ -12,7 +12,7 @@ Check: `pytest tests/test_export.py tests/test_quantize.py`.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from repghost.errors import UserError
+from repghost.description import KEY, Description
+from repghost.errors import UserError, first_sentence
+from repghost.export.options import OLDEST_OPSET
 from repghost.images import Preprocessing
 from repghost.model import RepGhostNet
-from repghost.weights import first_sentence
 
-OLDEST_OPSET = 18  # the oldest that torch's exporter writes, and the first whose Resize is antialiased
 COREML_BATCH = 64  # the largest batch of a Core ML package that takes any; it needs a bound
 Metadata = Mapping[str, float | str]
 _ONE = 2.0**15  # a weight of 1; the weights of a pixel add up to at most 1.25 in size: 1.25 * 255 * _ONE < 2**24
@@ -154,8 +154,11 @@ def example_input(deployment: Deployment) -> Tensor:
     return torch.zeros(batch, height, width, 3, dtype=torch.uint8)
 
 
-def metadata_of(model: RepGhostNet, deployment: Deployment) -> Metadata:
-    """What a file says of itself; `repghost.export.runtimes.open_exported` reads it."""
+def metadata_of(model: RepGhostNet, deployment: Deployment, description: Description) -> Metadata:
+    """What a file says of itself; `repghost.export.runtimes.open_file` reads it.
+
+    description: what is known of the weights.
+    """
     images = deployment.preprocessing
     numbers = {
         "width": float(model.width), "num_classes": model.classifier.out_features, "image_size": images.image_size,
@@ -163,7 +166,8 @@ def metadata_of(model: RepGhostNet, deployment: Deployment) -> Metadata:
         "preprocess": int(deployment.preprocess), "softmax": int(deployment.softmax),
     }  # fmt: skip
     normalization = {name: " ".join(map(str, getattr(images, name))) for name in ("mean", "std")}
-    return numbers | normalization | {"precision": deployment.precision}
+    described = replace(description, width=float(model.width), form="fused", **asdict(images))
+    return numbers | normalization | {"precision": deployment.precision, KEY: described.to_json()}
 
 
 def write_onnx(module: Deployable, deployment: Deployment, path: Path, opset: int, metadata: Metadata) -> None:
@@ -216,12 +220,13 @@ def write_executorch(program: ExportedProgram, path: Path, metadata: Metadata) -
     path.write_bytes(lowered.to_executorch().buffer)
 
 
-def write_torchscript(module: Deployable, deployment: Deployment, path: Path) -> None:
-    """Writes a traced and frozen TorchScript module, for runtimes that still take one."""
-    torch.jit.freeze(torch.jit.trace(module, example_input(deployment))).save(str(path))
+def write_torchscript(module: Deployable, deployment: Deployment, path: Path, metadata: Metadata) -> None:
+    """Writes a traced and frozen TorchScript module, for runtimes that still take one; `metadata` in an extra file."""
+    traced = torch.jit.freeze(torch.jit.trace(module, example_input(deployment)))
+    torch.jit.save(traced, str(path), _extra_files={KEY: str(metadata[KEY])})
 
 
-def write_coreml(model: RepGhostNet, deployment: Deployment, path: Path) -> None:
+def write_coreml(model: RepGhostNet, deployment: Deployment, path: Path, metadata: Metadata) -> None:
     """Writes a Core ML package (an ML program, for iOS 15 or macOS 12 and newer). Raises UserError where it cannot.
 
     Core ML has no uint8 tensors: photographs go in as float32 with the same values. float16 is its own conversion.
@@ -232,13 +237,15 @@ def write_coreml(model: RepGhostNet, deployment: Deployment, path: Path) -> None
     example = example_input(deployment).float()
     shape = example.shape if deployment.batch else (coremltools.RangeDim(1, COREML_BATCH), *example.shape[1:])
     try:
-        coremltools.convert(
+        converted = coremltools.convert(
             torch.jit.trace(module, example),
             convert_to="mlprogram",
             inputs=[coremltools.TensorType("image", shape)],
             outputs=[coremltools.TensorType(deployment.output)],
             compute_precision=coremltools.precision[deployment.precision.upper()],
-        ).save(str(path))
+        )
+        converted.user_defined_metadata.update({key: str(value) for key, value in metadata.items()})
+        converted.save(str(path))
     except Exception as error:  # its versions lag behind torch's, and what then fails is of any kind
         tools = f"coremltools {version('coremltools')}"
         raise UserError(

@@ -17,13 +17,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import DictConfig, OmegaConf
 
+from repghost.description import KEY, Description
 from repghost.errors import UserError
 from repghost.files import write_text
 from repghost.model import RepGhostNet
-from repghost.options import preprocessing_of
+from repghost.networks import preprocessing_of
 from repghost.reference import timm_name
-from repghost.run import class_names_of, data_name, load_run, read_config
-from repghost.weights import WEIGHTS_FILE, save_weights
+from repghost.run import SELECTIONS, class_names_of, data_name, load_run, read_config
+from repghost.weights import WEIGHTS_FILE, read_description, save_weights
 
 
 def export_hub(directory: Path, selection: str, out: Path) -> None:
@@ -34,8 +35,9 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
     config = read_config(directory)
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
-    described = _timm_config(model, config, class_names_of(directory))
-    save_weights(model, out / WEIGHTS_FILE)
+    description = read_description(directory / "checkpoints" / SELECTIONS[selection])
+    described = _timm_config(model, description, class_names_of(directory))
+    save_weights(model, out / WEIGHTS_FILE, description)
     write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
     card = _card(directory.name, config, evaluation)
     if (curve := directory / "curve.png").exists():
@@ -51,14 +53,15 @@ def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _timm_config(model: RepGhostNet, config: DictConfig, names: Sequence[str] | None) -> dict[str, Any]:
-    images, classes = preprocessing_of(config), model.classifier.out_features
+def _timm_config(model: RepGhostNet, description: Description, names: Sequence[str] | None) -> dict[str, Any]:
+    images, classes = preprocessing_of(description), model.classifier.out_features
     return {
-        "architecture": timm_name(config.width).partition(".")[0],
+        "architecture": timm_name(model.width).partition(".")[0],
         "num_classes": classes,
         "num_features": model.classifier.in_features,
         "global_pool": "avg",
         **({"label_names": list(names)} if names else {}),
+        KEY: description.known(),
         "pretrained_cfg": {
             "num_classes": classes,
             "input_size": [model.conv_stem.in_channels, images.image_size, images.image_size],

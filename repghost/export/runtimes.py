@@ -1,8 +1,8 @@
 """An exported file, run by its own runtime: ONNX by onnxruntime, ExecuTorch by its own, TorchScript by torch.
 
 It takes the place of a network: images in, logits out, on the CPU. `python evaluate.py weights=model.onnx
-data.root=SHARDS` (or model.pte) evaluates it like any weights, so that accuracy before and after can be compared.
-Check: `pytest tests/test_export.py`.
+data.root=SHARDS` (or model.pte) evaluates it like any weights, so that accuracy before and after can be compared;
+`python -m repghost.predict` takes it as well. Check: `pytest tests/test_export.py`.
 """
 
 import io
@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,15 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repghost.errors import UserError
-from repghost.weights import first_sentence, load_model
+from repghost.description import KEY, Description, described_beside
+from repghost.errors import UserError, first_sentence
+
+EXPORTED = (".onnx", ".pte")  # endings of the files that can be evaluated and predict
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in text.split())
 
 
-# What an exported file says of itself, and how it is read: see `repghost.export.formats.metadata_of`.
+# What an exported file says of itself beside its description, and how that is read: see
+# `repghost.export.formats.metadata_of`.
 METADATA: dict[str, Callable[[Any], Any]] = {
     "width": float, "num_classes": int, "image_size": int, "batch": int, "preprocess": int, "softmax": int,
     "precision": str, "crop_fraction": float, "mean": _numbers, "std": _numbers,
@@ -42,8 +46,10 @@ class ExportedModel(nn.Module):
     """An exported file as a network: images of what the file takes, float32 [N, num_classes] out.
 
     metadata: what the file says of itself. Where that is the `batch` of a call, a last batch is filled up and cut off
-    again. It has no parameters.
+    again. description: the part of it that files of every kind have. It has no parameters.
     """
+
+    description = Description()
 
     def __init__(self, call: Callable[[Tensor], Tensor], metadata: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -75,7 +81,7 @@ def open_executorch(path: str | Path) -> ExportedModel:
     with quiet():
         program = runtime.Runtime.get().load_program(str(path))
         method = program.load_method("forward")
-        names = METADATA.keys() & program.method_names
+        names = {*METADATA, KEY} & program.method_names
         metadata = {name: program.load_method(name).execute([])[0] for name in names}
 
     def call(images: Tensor) -> Tensor:
@@ -85,47 +91,62 @@ def open_executorch(path: str | Path) -> ExportedModel:
     return ExportedModel(call, metadata)
 
 
-def open_written(path: Path, width: float) -> ExportedModel:
-    """A file in its own runtime; of safetensors, a network of this width with its weights."""
-    match path.suffix:
-        case ".onnx":
-            return open_onnx(path)
-        case ".pte":
-            return open_executorch(path)
-        case ".pt":
-            with quiet():
-                return ExportedModel(torch.jit.load(str(path)))
-    return ExportedModel(load_model(path, width))
+def open_torchscript(path: str | Path) -> ExportedModel:
+    """A TorchScript file in torch."""
+    with quiet():
+        return ExportedModel(torch.jit.load(str(path)))
 
 
 def is_exported(weights: Any) -> bool:
     """Whether weights= names an exported file that can be evaluated."""
-    return Path(str(weights)).suffix in (".onnx", ".pte")
+    return Path(str(weights)).suffix in EXPORTED
+
+
+def open_file(path: str | Path) -> ExportedModel:
+    """An exported file (.onnx, .pte) with its metadata in their types, and its description.
+
+    Raises UserError for a file that is not one of `repghost.export`.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        model = open_onnx(path) if path.suffix == ".onnx" else open_executorch(path)
+    except UserError:
+        raise
+    except Exception as error:  # the runtimes' own exceptions have no common class
+        raise UserError(f"{path}: its runtime cannot load it ({first_sentence(error)})") from None
+    found = _BEFORE | dict(model.metadata)
+    if missing := [key for key in METADATA if key not in found]:
+        raise UserError(f"{path}: not written by repghost.export, it does not say its {missing[0]}")
+    try:
+        model.metadata = {key: read(found[key]) for key, read in METADATA.items()}
+        described = Description.from_mapping({**model.metadata, "form": "fused"})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: what it says of itself cannot be read ({error})") from None
+    if KEY in found:
+        described = Description.from_json(str(found[KEY]), str(path))
+    # An older file says less, but may lie in its run's folder.
+    model.description = described if described.classes else replace(described, classes=described_beside(path).classes)
+    if model.description.classes and len(model.description.classes) != model.metadata["num_classes"]:
+        raise UserError(f"{path}: says that it has {len(model.description.classes)} and other numbers of classes")
+    return model
 
 
 def open_exported(
     path: str | Path, image_size: int, precision: str, normalization: Mapping[str, Sequence[float]]
 ) -> ExportedModel:
-    """An exported file for evaluation on normalized images of `image_size` pixels, with its metadata in their types.
+    """An exported file for evaluation on normalized images of `image_size` pixels.
 
     precision: what the command asks for; a file has its own, which leaves only the usual "float32". normalization:
     the `mean` and `std` of the images.
 
     Raises UserError for a file that is not one of `repghost.export`, or that takes or gives something else.
     """
-    path = Path(path)
     if precision != "float32":
         raise UserError(f"precision={precision}: an exported file computes in its own")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        model = open_onnx(path) if path.suffix == ".onnx" else open_executorch(path)
-    except Exception as error:  # the runtimes' own exceptions have no common class
-        raise UserError(f"{path}: its runtime cannot load it ({first_sentence(error)})") from None
-    found = _BEFORE | dict(model.metadata)
-    if missing := [key for key in METADATA if key not in found]:
-        raise UserError(f"{path}: not written by repghost.export, it does not say its {missing[0]}")
-    model.metadata = metadata = {key: read(found[key]) for key, read in METADATA.items()}
+    model = open_file(path)
+    metadata = model.metadata
     for key, what in (("preprocess", "takes photographs"), ("softmax", "gives probabilities")):
         if metadata[key]:
             raise UserError(f"{path}: {what}, evaluation needs an export without {key}=true")

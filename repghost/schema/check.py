@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.schema.keys import Evaluate, Part, Train
 
 PROGRAMS: dict[str, type[Part]] = {"train": Train, "evaluate": Evaluate}
@@ -147,7 +147,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{shown(inner)}" for key, inner in value.items()) + "}"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text)
 
 
 def _require_importable(name: str, values: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from repghost.description import KEY, Description
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
 from repghost.training.classifier import HostCopy, ImageClassifier
@@ -92,8 +93,11 @@ def require_room(folder: Path, classifier: ImageClassifier) -> None:
 class Checkpoints(Checkpoint):
     """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and the best epochs.
 
-    signals: to be entered around the training, see StopSignals.
+    signals: to be entered around the training, see StopSignals. description: of the network, which every checkpoint
+    says of itself; None until it is known.
     """
+
+    description: Description | None = None
 
     def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
         if minutes <= 0:
@@ -175,6 +179,8 @@ class Checkpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
+        if self.description is not None:
+            checkpoint[KEY] = self.description.to_json()
         if trainer.validating:
             restart_validation(checkpoint)
 
