@@ -40,7 +40,7 @@ def train(config: DictConfig) -> None:
     from repghost.description import describe_run
     from repghost.evaluation import evaluate_run
     from repghost.reference import reference_curve
-    from repghost.run import folder_of, keep_data
+    from repghost.run import folder_of, record_run
     from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
     from repghost.training.loggers import RunFiles, SpeedBar, make_logger
     from repghost.training.profiler import StepProfiler
@@ -62,7 +62,6 @@ def train(config: DictConfig) -> None:
     with checkpoints.signals:
         data = instantiate(config.data)
         data.setup("fit")
-        keep_data(directory, data)
         index = data.index("train")
         checkpoints.description = describe_run(config, index.classes, index.fingerprint)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
@@ -76,6 +75,7 @@ def train(config: DictConfig) -> None:
         files.official = reference_curve(config.width, config.epochs, data.counts)
         paper = Path(__file__).parent / "conf/recipe/paper.yaml"
         describe(config, paper, trainer, data, model, files.official is not None)
+        record_run(directory, config, data)
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
         evaluate_run(directory, config, trainer, data)
 

@@ -10,20 +10,27 @@ import shutil
 import struct
 import tarfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from images import encoded, make_images, patch
 
 from data.index import load_index
 from data.reader import BadImage, ShardReader
 from data.shards import verify
+from data.write_shards.__main__ import _parser as write_shards_parser
 from data.write_shards.write import write_folder
-from repghost import reparameterize, repghostnet
-from repghost.errors import user_message
+from repghost import predict, reparameterize, repghostnet
+from repghost.command_line import compose_config, read_command_line
+from repghost.errors import printable, user_message
+from repghost.export.options import read_options
+from repghost.options import parse
+from repghost.schema.check import keys
 from repghost.weights import load_model, save_weights
 
 Outcome = str | None
@@ -48,12 +55,12 @@ def attempt(action: Callable[[], object]) -> Outcome:
     except Exception as error:
         if (line := user_message(error)) is None:
             raise
-        return line
+        return printable(line)
     return None
 
 
 def changed_bytes(draw: random.Random, content: bytes) -> bytes:
-    """A few bytes flipped, cut, doubled, inserted, zeroed or put elsewhere; headers are hit more often than the rest."""
+    """A few bytes flipped, cut, doubled, inserted, zeroed or replaced; headers are hit more often than the rest."""
     data = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 5, 20])):
         if not data:
@@ -252,3 +259,51 @@ def fresh(folder: Path) -> Path:
 
 
 TARGETS: dict[str, Target] = {"shards": shards, "manifests": manifests, "weights": weights}
+
+
+# -- command lines -----------------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "train": ["data=digits", "data.root=x", "recipe=quick", "trainer=cpu", "logger=wandb", "-m", "--cfg", "~logger"],
+    "evaluate": ["run=x", "weights=timm", "data=imagenet_a", "trainer=gpu", "data.root=x", "report=[classes,worst]"],
+    "predict": ["x.jpg", "run=x", "weights=timm", "format=csv", "top=3", "--help="],
+    "export": ["run=x", "format=onnx", "int8=true", "input_size=3x3", "batch=dynamic"],
+    "write_shards": ["folder", "x", "y", "--seed", "3", "--resize", "9", "--val-share", "0.1"],
+}
+
+
+def commands(draw: random.Random, folder: Path) -> Outcome:
+    """A command line of any program: keys and values of its own and of others, up to where its work would begin."""
+    program = draw.choice(list(PROGRAMS))
+    typical = PROGRAMS[program]
+    arguments = draw.sample(typical, draw.randrange(len(typical) + 1))
+    names = list(keys(program)) if program in ("train", "evaluate") else ["run", "top", "width", "out", "format"]
+    for _ in range(draw.choice([1, 1, 2, 4])):
+        name, value = draw.choice([*names, *names, *WORDS]), draw.choice([*WORDS, str(draw.choice(VALUES))])
+        prefix, equals = draw.choice(["", "", "", "", "", "+", "++", "~"]), draw.choice(["=", "=", "=", "=", "", "=="])
+        arguments.insert(draw.randrange(len(arguments) + 1), f"{prefix}{name}{equals}{value}")
+    if draw.random() < 0.2:
+        arguments.append(draw.choice(WORDS))
+    return understood(program, [argument.replace("\x00", "") for argument in arguments])
+
+
+def understood(program: str, arguments: list[str]) -> Outcome:
+    """What the program says of the arguments, None where it would begin to work."""
+    GlobalHydra.instance().clear()
+    match program:
+        case "train" | "evaluate":
+            return attempt(lambda: compose_config(program, read_command_line(program, arguments)[1]))
+        case "predict":
+            return attempt(lambda: parse(predict.Options, arguments))
+        case "export":
+            return attempt(lambda: read_options(arguments))
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+            write_shards_parser().parse_args(arguments)
+    except SystemExit:  # argparse's way, after its usage
+        return errors.getvalue().strip().rpartition("\n")[2] or None
+    return None
+
+
+TARGETS["commands"] = commands

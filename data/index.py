@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--split", choices=[*SPLIT_NAMES], help="this split only (default: both)")
     add("--pattern", help="shards of others: glob or name-{0000..0063}.tar, with --split")
     add("--class-names", type=Path, help="text file with a class name on each line")
-    add("--cache", type=Path, default=Path("cache"), help="where indices of others' shards are kept")
+    add("--cache", type=Path, default=Path("~/.cache/repghost"), help="for indexes of others' shards (%(default)s)")
     add("--verify", action="store_true", help="read, checksum and decode every image")
     add("--workers", type=whole_number(1), default=available_cpus(), help="processes for --verify (%(default)s)")
     options = parser.parse_args(arguments)

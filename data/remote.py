@@ -29,13 +29,14 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from data.shards import MANIFEST_BYTES, parse_manifest, split_entry
-from repghost.errors import DISK_FULL, UserError, printable
+from repghost.errors import DISK_FULL, UserError, chain, printable
 from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
 
 T = TypeVar("T")
 File = dict[str, Any]  # as in the manifest: file (its name), sha256 and, for a shard, bytes
 
 INDEX_BYTES = 2_000_000_000  # of an index, 32 for each image
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
 _TRANSIENT = (408, 425, 429)  # HTTP: time-out, too early, too many requests; any other 4xx is final
 
 
@@ -143,19 +144,27 @@ class _Remote:
         self.url = url
         self.limits = limits
         self.stop = threading.Event()
-        options: dict[str, Any] = {}
-        protocol = url.partition("://")[0]
-        if protocol in ("http", "https"):
-            # What fsspec leaves to its caller: proxies of the environment, passwords of ~/.netrc, a limit for silence.
-            from aiohttp import ClientTimeout  # what fsspec reads HTTP with
-
-            limit = ClientTimeout(total=None, sock_connect=limits.timeout, sock_read=limits.timeout)
-            configured = conf.get(protocol, {}).get("client_kwargs", {})
-            options = {"client_kwargs": {"trust_env": True, **configured, "timeout": limit}}
+        self._protocol = url.partition("://")[0]
         try:
-            self.storage, self._root = url_to_fs(url, **options)
+            self.storage, self._root = url_to_fs(url, **self._options())
         except (ImportError, ValueError) as error:  # a package that is not installed, a protocol that nobody knows
             raise UserError(f"{url}: {error}") from None
+        if hasattr(self.storage, "retries"):  # s3fs's own, beside `Limits.attempts`
+            self.storage.retries = 1
+
+    def _options(self) -> dict[str, Any]:
+        """What fsspec leaves to its caller: limits for silence, no retries beside ours, the environment's proxies."""
+        seconds, configured = self.limits.timeout, conf.get(self._protocol, {})
+        if self._protocol in ("http", "https"):
+            from aiohttp import ClientTimeout  # what fsspec reads HTTP with
+
+            limit = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+            # Passwords come from ~/.netrc.
+            return {"client_kwargs": {"trust_env": True, **configured.get("client_kwargs", {}), "timeout": limit}}
+        if self._protocol in ("s3", "s3a"):
+            limits = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
+            return {"config_kwargs": {**limits, **configured.get("config_kwargs", {})}}
+        return {}
 
     def download(self, file: File, folder: Path) -> None:
         """Brings one file to its place, verified, unless another process did so in the meantime."""
@@ -197,14 +206,29 @@ class _Remote:
             try:
                 return action(f"{self._root}/{name}")
             except FileNotFoundError:
-                raise UserError(f"{url}: {missing}") from None
+                raise UserError(f"{url}: {self._no_bucket() or missing}") from None
             except Exception as error:  # every storage has exceptions of its own
                 if isinstance(error, UserError):
                     raise UserError(f"{url}: {error}") from None
                 if isinstance(error, _Stopped) or getattr(error, "errno", None) in DISK_FULL:
                     raise
-                status = getattr(error, "status", 0)
                 reason = printable(" ".join(f"{type(error).__name__} {error}".split()))[:300]
-                if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _TRANSIENT):
+                if _is_final(error):
                     raise UserError(f"{url}: refused ({reason})") from None
         raise UserError(f"{url}: {reason} (given up after {self.limits.attempts} attempts): start again to resume")
+
+    def _no_bucket(self) -> str | None:
+        """What is missing of an object store if not even the bucket is there."""
+        bucket = self._root.partition("/")[0]
+        if self._protocol in _BUCKETS and not self.storage.exists(bucket):
+            return f"there is no bucket {bucket}, or these credentials do not see it"
+        return None
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt cannot help: no permission, no or wrong credentials, no such host, most of HTTP's 4xx."""
+    status = getattr(error, "status", 0)
+    if isinstance(error, PermissionError) or (400 <= status < 500 and status not in _TRANSIENT):
+        return True
+    names = {type(link).__name__ for link in chain(error)}
+    return bool(names & {"gaierror", "NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"})

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from repghost.command_line import CONF, compose_config
 from repghost.errors import UserError, run_command
+from repghost.files import atomic_write, require_writable
 from repghost.schema.help import key_rows
 
 
@@ -44,6 +45,7 @@ def image_file(text: str) -> Path:
 def augmented_grid(overrides: Sequence[str], samples: int, epochs: int, out: Path) -> None:
     """Writes the grid of the first `samples` training samples, with `epochs` augmented columns."""
     config = compose_config("train", overrides)
+    require_writable(out, "--out")
 
     # What takes long to import: the command line was understood by now.
     import torch
@@ -60,7 +62,9 @@ def augmented_grid(overrides: Sequence[str], samples: int, epochs: int, out: Pat
     columns = torch.stack(list(data.preview(samples, epochs)), dim=1)  # [samples, epochs + 1, 3, S, S]
     pixels = (columns.flatten(0, 1) * std + mean).clamp(0, 255) / 255
     grid = make_grid(pixels, nrow=epochs + 1, padding=4, pad_value=1.0)
-    Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()).save(out)
+    image = Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy())
+    with atomic_write(out) as file:
+        image.save(file, Image.registered_extensions()[out.suffix.lower()])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

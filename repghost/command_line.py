@@ -124,13 +124,21 @@ def choices_listed() -> Iterator[None]:
 
 
 def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError for the first value of a composed config that cannot be meant, or that a training lacks."""
-    if "hydra" in config:  # Hydra's own, as in a sweep
-        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    values = OmegaConf.to_container(config, resolve=True)
+    """Raises UserError for the first value of a composed config that cannot be meant, or that a training lacks.
+
+    A training that starts from weights has their width, unless another one is given, which the weights then refuse.
+    """
+    # Not Hydra's own part, which the config of a sweep's job has.
+    checked = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    values = OmegaConf.to_container(checked, resolve=True)
     assert isinstance(values, dict)
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     check_values(program, {str(key): value for key, value in values.items()}, given)
-    # An evaluation may take from its run what is missing here.
-    if program == "train" and (missing := sorted(OmegaConf.missing_keys(config))):
+    if program != "train":  # an evaluation may take from its run what is missing here
+        return
+    if missing := sorted(OmegaConf.missing_keys(checked)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")
+    if config.weights and "width" not in given:
+        from repghost.weights import read_description
+
+        config.width = read_description(config.weights).width or config.width

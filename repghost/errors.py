@@ -184,7 +184,7 @@ def user_message(error: BaseException) -> str | None:
             return f"{_first_line(link)} (give it on the command line: KEY=VALUE)"
     if _of_the_config(error) and (_of_the_config(links[-1]) or isinstance(links[-1], TypeError)):
         hint = "; --cfg job lists all keys" if "override" in str(error) else ""
-        return f"{_first_line(error)} {_first_line(links[-1])}".strip() + hint
+        return " ".join(dict.fromkeys(map(_first_line, (error, links[-1])))).strip() + hint
     # What Hydra instantiates may open files.
     found = links if _of_the_config(error) else [error]
     for link in found:

@@ -39,14 +39,14 @@ _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 _LONGEST_NAME = 255  # bytes that file systems take
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
-EVALUATION = "evaluation.json"
+CONFIG, EVALUATION = "config.yaml", "evaluation.json"
 
 
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
-    """The run's folder and its resolved config, which is written there as config.yaml.
+    """The run's folder and its resolved config; nothing is written.
 
     Raises UserError when the folder holds a run of another config, with the first key that differs, or of other data. A
-    command that was refused, or died before it saved anything, is no run: what it wrote is replaced.
+    command that died before it saved anything is no run.
     """
     resolve_recipe(config)
     config.name = config.name or run_name(config)
@@ -55,13 +55,23 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
     require_writable_results(config.results)
-    written = directory / "config.yaml"
-    if _has_begun(directory) and written.exists():
+    if _has_begun(directory):
         _require_same_run(directory, config, (*derived, *COLOUR))
         require_same_data(directory, config, read_config(directory).data.root, is_finished(directory))
-    else:
-        _write_on_rank_zero(written, OmegaConf.to_yaml(config))
     return directory, config
+
+
+def record_run(directory: Path, config: DictConfig, data: "DataModule") -> None:
+    """Writes config.yaml and what the data are into the folder of a run whose training is about to begin or go on.
+
+    To be called once nothing is wrong with the command, so that one that is refused leaves nothing behind. Raises
+    UserError when the run was begun with other data.
+    """
+    if _has_begun(directory):
+        require_equal(directory, data, read_config(directory).data.root)
+    else:
+        _write_on_rank_zero(directory / CONFIG, OmegaConf.to_yaml(config))
+    record_data(directory, data)
 
 
 def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, ...]) -> None:
@@ -81,26 +91,20 @@ def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, .
 
 
 def _has_begun(directory: Path) -> bool:
-    return (directory / EVALUATION).exists() or any((directory / "checkpoints").glob("*.ckpt"))
-
-
-def keep_data(directory: Path, data: "DataModule") -> None:
-    """Records in the folder of a run what its data are. Raises UserError when it was begun with others."""
-    if _has_begun(directory):
-        require_equal(directory, data, read_config(directory).data.root)
-    record_data(directory, data)
+    saved = (directory / EVALUATION).exists() or any((directory / "checkpoints").glob("*.ckpt"))
+    return saved and (directory / CONFIG).exists()
 
 
 def read_config(directory: Path) -> DictConfig:
     """The resolved config that a run was started with."""
     try:
-        config = OmegaConf.load(directory / "config.yaml")
+        config = OmegaConf.load(directory / CONFIG)
     except FileNotFoundError:
         raise UserError(f"{directory}: no run is in this folder (it has no config.yaml)") from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{directory / 'config.yaml'}: not a config ({' '.join(str(error).split())})") from None
+        raise UserError(f"{directory / CONFIG}: not a config ({' '.join(str(error).split())})") from None
     if not isinstance(config, DictConfig):
-        raise UserError(f"{directory / 'config.yaml'}: not a config")
+        raise UserError(f"{directory / CONFIG}: not a config")
     return config
 
 
@@ -152,7 +156,7 @@ def is_finished(directory: Path) -> bool:
     evaluation = read_evaluation(directory / EVALUATION)
     if evaluation is None:
         return False
-    if not (directory / "config.yaml").exists() or evaluation.get("epoch") is None:  # nothing says otherwise
+    if not (directory / CONFIG).exists() or evaluation.get("epoch") is None:  # nothing says otherwise
         return True
     if evaluation["epoch"] + 1 < read_config(directory).get("epochs", 0):
         return False

@@ -8,17 +8,15 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from fsspec.config import conf
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from test_remote import QUICK, SHARD, files_of
+from werkzeug.serving import make_server
 
 from data.remote import download_shards
 from repghost.errors import UserError
-
-boto3 = pytest.importorskip("boto3")
-pytest.importorskip("s3fs")
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from werkzeug.serving import make_server
 
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
 FAULTS = {
@@ -107,9 +105,9 @@ def test_a_fault_that_passes(store: Store, shards: Path, tmp_path: Path, name: s
     [
         ("s3://bucket/none", {}, r"s3://bucket/none/manifest\.json: not there"),
         ("s3://none/tiny", {}, r"s3://none/tiny/manifest\.json: .*bucket"),
-        ("s3://bucket/tiny", {"manifest.json": "forbidden"}, r"manifest\.json: refused \(.*AccessDenied|Forbidden"),
+        ("s3://bucket/tiny", {"manifest.json": "forbidden"}, r"manifest\.json: refused \(.*(AccessDenied|Forbidden)"),
         ("s3://bucket/tiny", {SHARD: "forbidden"}, rf"{SHARD}: refused"),
-        ("s3://bucket/tiny", {"manifest.json": "expired"}, r"manifest\.json: refused .*ExpiredToken|expired"),
+        ("s3://bucket/tiny", {"manifest.json": "expired"}, r"manifest\.json: refused .*([Ee]xpired)"),
         ("s3://bucket/tiny", {"manifest.json": "busy"}, r"manifest\.json: .*given up after 3 attempts"),
         ("s3://bucket/tiny", {SHARD: "broken"}, rf"{SHARD}: .*given up after 3 attempts"),
         ("s3://bucket/tiny", {SHARD: "cut"}, rf"{SHARD}: .*given up after 3 attempts"),

@@ -27,6 +27,7 @@ from data.write_shards.write import write_folder
 from repghost import repghostnet
 
 ROOT = Path(__file__).parents[1]
+PROGRESS = re.compile(r"\d+%\|")
 SECONDS = 300  # of any row: far more than the slowest machine needs
 
 
@@ -179,7 +180,7 @@ def test_enough_was_tried() -> None:
 def test_refused_in_one_line(outcome, tmp_path: Path, program: str, line: str, pattern: str) -> None:  # type: ignore[no-untyped-def]
     (code, out, err), pattern = outcome(program, line, pattern)
     assert code == 2, f"exit code {code}\n{out}\n{err}"
-    said = err.strip().splitlines()
+    said = [line for line in err.strip().splitlines() if line and not PROGRESS.search(line)]
     usage = said and said[0].startswith("usage: ")  # argparse's
     assert usage or len(said) == 1, err
     assert re.search(pattern, said[-1]), said[-1]

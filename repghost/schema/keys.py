@@ -115,7 +115,7 @@ class TrainingDevices(Devices):
 
 
 class Checkpoints(Part):
-    minutes: NotNegative = key("last.ckpt is written this often within an epoch, and at the end of every epoch")
+    minutes: Positive = key("last.ckpt is written this often within an epoch, and at the end of every epoch")
     exit_code: Annotated[int, Field(ge=1, le=255)] = key(
         "of a run that SIGTERM, SIGINT or SIGUSR1 ended, saved, at the end of a batch"
     )
@@ -253,6 +253,9 @@ class Train(Shared):
         for name, value in (("recipe.warmup_epochs", recipe.warmup_epochs), ("freeze_epochs", self.freeze_epochs)):
             if name in (info.context or ()) and value > epochs:
                 raise ValueError(f"{name}={value}: give at most epochs={epochs}")
+        if self.freeze_epochs and self.weights is None:
+            frozen = f"freeze_epochs={self.freeze_epochs}: there is nothing learned to freeze without weights"
+            raise ValueError(f"{frozen}: give weights=timm or weights=FILE")
         if (recipe.ema_decay is None) == (recipe.ema_span is None):
             both = f"recipe.ema_decay={_text(recipe.ema_decay)}, recipe.ema_span={_text(recipe.ema_span)}"
             raise ValueError(f"{both}: give one, and null for the other")
