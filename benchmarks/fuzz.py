@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks.fuzz_targets import TARGETS, Outcome
+from benchmarks.fuzz_targets import TARGETS, Outcome  # noqa: E402  # needs the path
 
 SECONDS = 60
 

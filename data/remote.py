@@ -30,13 +30,14 @@ from tqdm import tqdm
 
 from data.shards import MANIFEST_BYTES, parse_manifest, split_entry
 from repghost.errors import DISK_FULL, UserError, chain, printable
+from repghost.extras import how_to_install
 from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
 
 T = TypeVar("T")
 File = dict[str, Any]  # as in the manifest: file (its name), sha256 and, for a shard, bytes
 
 INDEX_BYTES = 2_000_000_000  # of an index, 32 for each image
-_BUCKETS = ("s3", "s3a", "gs", "gcs")
+_BUCKETS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # object stores, and fsspec's packages for them
 _TRANSIENT = (408, 425, 429)  # HTTP: time-out, too early, too many requests; any other 4xx is final
 
 
@@ -148,7 +149,8 @@ class _Remote:
         try:
             self.storage, self._root = url_to_fs(url, **self._options())
         except (ImportError, ValueError) as error:  # a package that is not installed, a protocol that nobody knows
-            raise UserError(f"{url}: {error}") from None
+            package = _BUCKETS.get(self._protocol) if isinstance(error, ImportError) else None
+            raise UserError(f"{url}: {how_to_install(package) if package else error}") from None
         if hasattr(self.storage, "retries"):  # s3fs's own, beside `Limits.attempts`
             self.storage.retries = 1
 

@@ -11,6 +11,7 @@ EXTRAS = {
          "huggingface_hub", "filelock", "PIL", "tqdm", "omegaconf", "yaml"),
     "train": ("hydra", "webdataset", "wandb", "tensorboard", "sklearn", "scipy", "pyarrow", "braceexpand", "fsspec",
               "aiohttp", "nvidia", "pydantic", "pydantic_core"),
+    "remote": ("s3fs", "gcsfs"),
     "sweep": ("hydra_plugins", "optuna", "submitit"),
     "deploy": ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools"),
 }  # fmt: skip

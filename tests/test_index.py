@@ -547,8 +547,7 @@ def test_shards_that_are_not_there(tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys, data.index; assert 'torch' not in sys.modules; from repghost.reparameterization import reparameterize"
-    code += "; import repghost; assert repghost.reparameterize is reparameterize; from repghost import RepGhostNet"
+    code = "import sys, data.index; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

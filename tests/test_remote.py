@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -268,11 +269,12 @@ def test_nobody_answers(tmp_path: Path) -> None:
 def test_a_package_or_protocol_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="carrier-pigeon://roof: Protocol not known"):
         download_shards("carrier-pigeon://roof", tmp_path, ["train"], QUICK)
-    try:
-        import s3fs  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="s3://bucket/shards: Install s3fs"):
-            download_shards("s3://bucket/shards", tmp_path, ["train"], QUICK)
+
+
+def test_a_package_for_buckets_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"gs://bucket/shards: gcsfs is not installed: pip install '.*\[remote\]'"):
+        download_shards("gs://bucket/shards", tmp_path, ["train"], QUICK)
 
 
 @pytest.mark.parametrize(
