@@ -272,10 +272,8 @@ class Evaluate(Shared):
 
     run: Path | None = key("a run's folder: its averaged weights, and its data and preprocessing unless given here")
     selection: Literal["last", "best_ema"] = key("which of the run's epochs")
-    weights: Path | None = key(
-        "instead of run: timm (published, of width), official:FILE, a file of any form, a folder"
-    )
-    width: Width = key("width multiplier of the weights; an exported file knows its own")
+    weights: Path | None = key("instead of run: timm (published), official:FILE, a file of any form, or a folder")
+    width: Width = key("width multiplier of weights that do not say it themselves")
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
     report: Report | Annotated[list[Report], Field(min_length=1)] | None = key(
