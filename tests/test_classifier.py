@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet, repghostnet
 from repghost.training.classifier import ImageClassifier, parameter_groups, smoothed_cross_entropy
@@ -81,19 +80,3 @@ def test_the_rate_is_scaled_to_the_global_batch() -> None:
 def test_the_average_spans_a_share_of_the_run() -> None:
     options = {"ema_decay": None, "ema_span": 0.1, "epochs": 10, "steps_per_epoch": 20}
     assert classifier_of(repghostnet(0.1, 3), **options).ema.decay == pytest.approx(1 - 1 / 20)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("label_smoothing", 1.5),
-        ("ema_decay", 1.0),
-        ("momentum", -0.1),
-        ("learning_rate", 0),
-        ("ema_span", 0.1),
-        ("weight_decay", -1e-5),
-    ],
-)
-def test_impossible_values_name_their_key(key: str, value: float) -> None:
-    with pytest.raises(UserError, match=key):
-        classifier_of(repghostnet(0.1, 3), **{key: value})

@@ -656,7 +656,7 @@ SOURCES: dict[str, tuple[Damage, str]] = {
     "link to itself": (lambda root: (root / "train" / "dog" / "x.jpg").symlink_to("x.jpg"), r"dog/x\.jpg: Too many"),
     "no images": (lambda root: (root / "train" / "elk").mkdir(), r"train/elk: no image in this class folder"),
     "class of val only": (lambda root: (root / "train" / "dog").rename(root / "train" / "dot"), "dog: a class in val"),
-    "no val": (lambda root: shutil.rmtree(root / "val"), r"no train/ and val/ in it"),
+    "no val": (lambda root: shutil.rmtree(root / "val"), r"no val/ beside train/: add one"),
     "nothing at all": (shutil.rmtree, "in: no such folder"),
 }
 
