@@ -55,7 +55,11 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 WIDE = ("recipe.rand_augment_from_width=0.05",)
 # What else is on the command line, of the run with the key's own value, too: first match.
-CONTEXTS = {"recipe.augment.rand_augment": WIDE, "recipe.ema_decay": ("recipe.ema_span=null", "recipe.ema_decay=0.5")}
+CONTEXTS = {
+    "recipe.augment.rand_augment": WIDE,
+    "recipe.ema_decay": ("recipe.ema_span=null", "recipe.ema_decay=0.5"),
+    "freeze_epochs": ("weights={last}",),
+}
 VALUES = {
     "image_size": "64",
     "epochs": "3",
@@ -160,9 +164,9 @@ def test_the_same_command_comes_to_the_same(logged: Callable[..., Path]) -> None
 
 @pytest.mark.parametrize("key", RESULTS)
 def test_a_key_changes_the_results(key: str, logged: Callable[..., Path]) -> None:
-    context = next((c for prefix, c in CONTEXTS.items() if key.startswith(prefix)), ())
-    value = VALUES.get(key) or another(key, TRAIN[key])
-    value = value.format(last=logged(*context).parent / "checkpoints/last.ckpt")
+    last = logged().parent / "checkpoints/last.ckpt"
+    context = [c.format(last=last) for c in next((c for p, c in CONTEXTS.items() if key.startswith(p)), ())]
+    value = (VALUES.get(key) or another(key, TRAIN[key])).format(last=last)
     assert logged(*context, f"{key}={value}").read_text() != logged(*context).read_text()
 
 
