@@ -193,7 +193,7 @@ def test_a_place_for_results_that_cannot_be_written_is_found_before_the_work(
         for program in (lambda option: train_tiny(option, "name=a"), lambda option: evaluate_with(option, *weights)):
             assert program(f"results={place}") == 2
             error = capsys.readouterr().err.strip()
-            assert error.startswith("error: results=") and len(error.splitlines()) == 1, error
+            assert error.startswith("error: ") and "results=" in error and len(error.splitlines()) == 1, error
     require_writable_results("file")  # which is empty
     assert read_results("file") == [] and not Path("outputs").exists()
 
