@@ -256,7 +256,7 @@ def test_odd_names_stay_on_their_line(tmp_path: Path) -> None:
 
 
 def test_a_run_reads_its_class_names_as_they_are(train_tiny: Program, evaluate_with: Program, tmp_path: Path) -> None:
-    names = ["=cmd", "a\nb", 'c,d"e']
+    names = ["=cmd", "a\nb", 'c,d"e', "caf\udce9"]
     images = make_images(tmp_path / "images", tuple(names), train=15, val=5)
     write_folder(images, tmp_path / "shards", workers=1, quiet=True)
     assert train_tiny("name=a", "epochs=1", f"data.root={tmp_path / 'shards'}") == 0
@@ -265,4 +265,4 @@ def test_a_run_reads_its_class_names_as_they_are(train_tiny: Program, evaluate_w
     report = "report=[classes,predictions,confusion,worst]"
     assert evaluate_with("run=outputs/a", "trainer=cpu", "data.workers=0", report) == 0
     with open("outputs/a/classes.csv", newline="") as file:
-        assert [row["class"] for row in csv.DictReader(file)] == ["'=cmd", "a\\nb", 'c,d"e']
+        assert [row["class"] for row in csv.DictReader(file)] == ["'=cmd", "a\\nb", 'c,d"e', "caf\\udce9"]

@@ -336,26 +336,13 @@ def test_folders_that_are_no_classes(tmp_path):
         list_folder(folder, "train")
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [("a\nb", r"a\nb"), ("a\x1b[31m", r"a\x1b[31m"), ("a\u2028b", r"a\u2028b"), (" a", " a"), ("a\udce9", r"a\udce9")],
-)
-def test_names_that_classes_cannot_have(tmp_path, name, shown):
-    make_class_folders(tmp_path / "in", (name, "bee"), 1)
-    with pytest.raises(UserError) as error:
-        list_folder(tmp_path / "in", "train")
-    assert str(error.value) == (
-        f"'{tmp_path / 'in'}/{shown}': a class's name is one line of UTF-8 text, without blanks at its ends: "
-        "rename the folder"
-    )
-
-
 def test_names_that_classes_may_have(tmp_path):
     names = ("Käfer, groß", "日本語", "#1", "a=b", "it's", "'quoted' (2) {x} [y]", "👩‍🚀", "=1+1", "a  b")
+    names += ("a\nb", "a\x1b[31m", "a\u2028b", " a ", "caf\udce9")  # the last is Latin-1
     folder = make_class_folders(tmp_path / "in", names, 2)
     manifest = write_folder(folder, tmp_path / "out", val_share=0.5, **QUIET)
     assert manifest["classes"] == sorted(names) == list(load_index(tmp_path / "out", "val", tmp_path).classes)
-    assert counts(manifest) == {"train": [1] * 9, "val": [1] * 9}
+    assert counts(manifest) == {"train": [1] * 14, "val": [1] * 14}
 
 
 def test_files_may_have_any_name(tmp_path):
@@ -773,9 +760,7 @@ def test_parquet_whose_metadata_has_no_class_names(tmp_path, metadata):
     assert list_parquet(tmp_path).classes == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(
-    "names", [["cat", "cat", "owl"], ["cat", 1, "owl"], "cat", {"0": "cat"}, ["cat", "a\nb", "owl"], None]
-)
+@pytest.mark.parametrize()
 def test_parquet_whose_class_names_are_none(tmp_path, capsys, names):
     for split, start in (("train", 0), ("val", 20)):
         metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.random import Philox
 
 from data.shards import split_folders
-from data.tars import printable
-from data.write_shards.source import SPLITS, Entry, Listing, Source, is_class_name, unique_keys, with_class
+from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
 from repghost.files import read_file
 from repghost.images import EXTENSIONS, FILE_BYTES, is_image, walk_files
@@ -84,8 +83,8 @@ def list_kaggle(root: str | Path) -> Listing:
 def _class_folders(folder: Path) -> list[str]:
     """Names of the class folders in `folder`, sorted.
 
-    Hidden ones and links to where they lie are left out. Raises UserError for names that classes cannot have, and when
-    there are none.
+    Hidden ones and links to where they lie are left out. Raises UserError for two folders that would be one class, and
+    when there are none.
     """
     here = folder.resolve()
     above = (here, *here.parents)
@@ -95,9 +94,6 @@ def _class_folders(folder: Path) -> list[str]:
         path = (folder / name).resolve()
         if name.startswith(".") or name.casefold() in _NO_CLASSES or path in above:
             continue
-        if not is_class_name(name):
-            what = "a class's name is one line of UTF-8 text, without blanks at its ends: rename the folder"
-            raise UserError(f"'{printable(str(folder / name))}': {what}")
         if (other := name_of.setdefault(path, name)) != name:
             raise UserError(f"{folder / name}: the same folder as {other}: its images would have two classes")
         if (other := written.setdefault(_composed(name), name)) != name:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from data.parallel import check_stop
 from data.shards import numbered_classes
-from data.write_shards.source import SPLITS, Entry, Listing, Source, is_class_name, unique_keys
+from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys
 from repghost.errors import UserError
 from repghost.files import regular_file
 
@@ -44,7 +44,7 @@ def _class_names(schema: pa.Schema) -> list[str] | None:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):  # written by another program, or without names
         return None
-    usable = isinstance(names, list) and all(isinstance(name, str) and is_class_name(name) for name in names)
+    usable = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if usable and len(set(names)) == len(names) else None
 
 

@@ -7,7 +7,6 @@ their own. Check: `pytest tests/test_write_shards.py`.
 import hashlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,12 +75,6 @@ class Listing:
             raise UserError(f"{self.root}: only one class ({''.join(self.classes)}), so there is nothing to learn")
         if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
             raise UserError(f"{self.root}: several classes are called {twice[0]}: give them names that differ")
-
-
-def is_class_name(name: str) -> bool:
-    """Whether a name is one line of text that UTF-8 can hold, without blanks at its ends, as lists of classes need."""
-    odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)  # control, surrogates, line breaks
-    return bool(name) and name == name.strip() and not odd
 
 
 def with_class(class_name: str, path: str) -> str:
