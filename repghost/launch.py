@@ -29,6 +29,7 @@ from repghost.errors import UserError, run_command
 from repghost.ranks import external_launcher, signals_passed_on
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
+from repghost.slurm import jobs_reported_to, run_task
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
@@ -55,9 +56,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                 sweeping = settings.mode == RunMode.MULTIRUN
                 if sweeping and settings.runtime.choices["hydra/launcher"] != "basic":
                     # This process is the job's own, from a launcher such as submitit's.
-                    if code := function(config):
-                        sys.exit(code)
-                    return top1(folder_of(config))
+                    return run_task(sweep, config)  # type: ignore[return-value]  # a text where it failed
                 # Hydra would add lines of its own to an exception, and go on with the next job.
                 if code := run_command(sweep.run_job if sweeping else lambda: function(config)):
                     sys.exit(code)
@@ -66,7 +65,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
             conf = str(program.parent / "conf")
             compose_and_run = hydra.main(version_base="1.3", config_path=conf, config_name=config_name)(job)
-            if code := run_command(compose_and_run) or sweep.report():
+            if code := run_command(lambda: sweep.over(compose_and_run)) or sweep.report():
                 sys.exit(code)
 
         return main
@@ -106,8 +105,46 @@ class Sweep:
             sys.exit(stopped or 128 + received[0])
         self.top1 = None if code else top1(folder)
         if code:
-            self._failures.append(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
-            print(self._failures[-1], flush=True)
+            self.failed(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
+
+    def over(self, jobs: Callable[[], None]) -> None:
+        """Calls `jobs`, a sweeper that runs this sweep's jobs."""
+        try:
+            with jobs_reported_to(self):
+                jobs()
+        except ValueError:
+            if self._count and len(self._failures) >= len(self._runs):
+                return  # Optuna has no best trial where all failed
+            raise
+
+    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
+        """Checks jobs that another launcher is about to start, the first of which has number `first` (from 0).
+
+        Returns their titles. Raises UserError as run_job does.
+        """
+        if not self._count:
+            self._read_command_line(HydraConfig.get())
+        # For the jobs, which start in another folder and have no program beside them.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(self._program.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        titles = []
+        for number, overrides in enumerate(job_overrides, start=first + 1):
+            swept = [override for override in overrides if _key(override) not in self._fixed]
+            self._compose(swept)
+            titles.append(f"[{number}/{self._count}] {' '.join(swept)}")
+            print(titles[-1], flush=True)
+        return titles
+
+    def start(self) -> tuple[int, list[int]]:
+        """Runs the job that Hydra has composed, in a process of another launcher: see _start."""
+        overrides = HydraConfig.get().overrides.task
+        return self._start([override for override in overrides if _key(override) not in self._fixed])
+
+    def failed(self, failure: str) -> None:
+        """Notes that a job failed."""
+        self._failures.append(failure)
+        print(failure, flush=True)
 
     def report(self) -> int:
         """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""
