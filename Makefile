@@ -29,7 +29,7 @@ test-cluster: $(CLUSTER)/installed ## runs on two machines under SLURM and torch
 	$(CLUSTER)/bin/python -m pytest -q -rs tests/cluster
 
 $(CLUSTER)/installed: $(READY) pins.txt
-	$(PYTHON) -m venv $(CLUSTER)
+	$(BIN)/python -m venv $(CLUSTER)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 		$$($(CLUSTER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
 	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt \

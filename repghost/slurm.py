@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,6 +55,7 @@ def jobs_reported_to(sweep: "Sweep") -> Iterator[None]:
 
     The plugin alone ends a sweep at the first job that fails, and leaves the jobs of one that is interrupted.
     """
+    Plugins.instance()  # imports the plugins anew
     try:
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
     except ImportError:
@@ -64,6 +67,7 @@ def jobs_reported_to(sweep: "Sweep") -> Iterator[None]:
 
     def launch_all(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         _require_slurm(launcher.params)
+        HydraConfig.instance().set_config(launcher.config)
         titles = sweep.prepare(job_overrides, initial_job_idx)
         with _results_of_lost_jobs() as submitted:
             try:

@@ -149,7 +149,8 @@ def test_a_cut_link_ends_every_rank(cluster: Cluster, tmp_path: Path) -> None:
 
 # -- sweeps ------------------------------------------------------------------------------------------------------------
 
-SWEEP = f"{TRAIN} hydra/launcher=slurm hydra.launcher.timeout_min=60 checkpoint.minutes=1e-6 -m"
+SWEEP = TRAIN.replace("train.py", "train.py -m")
+SLURM = "hydra/launcher=slurm hydra.launcher.timeout_min=60 checkpoint.minutes=1e-6"
 
 
 def logs_of(folder: Path) -> str:
@@ -157,11 +158,17 @@ def logs_of(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("outputs/.sweep/.submitit/*/*_log.out")))
 
 
+def until_trained(sweep: subprocess.Popen[str], folder: Path) -> None:
+    """Waits until a job of the sweep has trained an epoch."""
+    wait(lambda: "epoch   1/" in logs_of(folder) or sweep.poll() is not None, 600, lambda: logs_of(folder))
+    assert sweep.returncode is None, f"{sweep.communicate()[0]}\n{logs_of(folder)}"
+
+
 def test_a_sweep_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     """The first job fails, the second is stopped by SIGUSR2 as before its time limit, and queued again."""
     alone = cluster.n1.run(f"{TRAIN} name=alone", cwd=tmp_path)
-    sweep = cluster.n1.start(f"{SWEEP} weights=nowhere.safetensors,null", tmp_path, subprocess.PIPE)
-    wait(lambda: "epoch   1/2" in logs_of(tmp_path), 600, lambda: logs_of(tmp_path))
+    sweep = cluster.n1.start(f"{SWEEP} {SLURM} weights=nowhere.safetensors,null", tmp_path, subprocess.PIPE)
+    until_trained(sweep, tmp_path)
     job = cluster.n1.run("squeue --noheader --states=running --format=%A").split()[-1]
     cluster.n1.run(f"scancel --signal=USR2 {job}")
     said = sweep.communicate(timeout=600)[0]
@@ -175,9 +182,9 @@ def test_a_sweep_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, tmp_path: Path) -> None:
-    sweep = cluster.n1.start(f"{SWEEP} epochs=1000 seed=0,1", tmp_path, subprocess.PIPE)
-    wait(lambda: "epoch   1/" in logs_of(tmp_path), 600, lambda: logs_of(tmp_path))
-    cluster.n1.run("pkill -INT --full '[h]ydra/launcher=slurm.*-m'")
+    sweep = cluster.n1.start(f"{SWEEP} {SLURM} epochs=1000 seed=0,1", tmp_path, subprocess.PIPE)
+    until_trained(sweep, tmp_path)
+    cluster.n1.run("pkill -INT --full '[t]rain.py -m.*launcher=slurm'")
     said = sweep.communicate(timeout=120)[0]
     assert "cancelled" in said and "Traceback" not in said, said
     wait(lambda: not cluster.n1.run("squeue --noheader").strip(), 120, lambda: cluster.n1.run("squeue"))
@@ -189,13 +196,13 @@ def test_a_study_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     study = "hydra/sweeper=optuna hydra.sweeper.direction=maximize hydra.sweeper.n_trials=1 hydra.sweeper.study_name=a"
     kept = f"{study} hydra.sweeper.storage=sqlite:///study.db 'recipe.learning_rate=interval(0.1,0.3)' epochs=1"
     for _ in range(2):
-        said = cluster.n1.run(f"{TRAIN} -m {kept} recipe.warmup_epochs=0; echo exit code $?", cwd=tmp_path)
+        said = cluster.n1.run(f"{SWEEP} {kept} recipe.warmup_epochs=0; echo exit code $?", cwd=tmp_path)
         assert said.endswith("exit code 0\n"), said
     said = cluster.n1.run(
         "python -c \"import optuna; print(optuna.load_study('a', 'sqlite:///study.db').trials)\"", cwd=tmp_path
     )
     assert said.count("FrozenTrial(") == said.count("TrialState.COMPLETE") == 2, said
     said = cluster.n1.run(
-        f"{TRAIN} -m {study} width=0.1 weights=choice(nowhere.safetensors); echo exit code $?", cwd=tmp_path
+        f"{SWEEP} {study} width=0.1 weights=choice\\(nowhere.safetensors\\); echo exit code $?", cwd=tmp_path
     )
     assert "Traceback" not in said and "1 failed:" in said and said.endswith("exit code 1\n"), said
