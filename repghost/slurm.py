@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from unittest import mock
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,14 +24,19 @@ from omegaconf import DictConfig, OmegaConf
 from repghost.errors import UserError
 from repghost.run import folder_of, top1
 
-if TYPE_CHECKING:
-    from repghost.launch import Sweep
-
 _REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
 _SECONDS_UNTIL_ENDED = 60.0
 
 
-def run_task(sweep: "Sweep", config: DictConfig) -> float | str | None:
+class Sweep(Protocol):
+    """What is needed of repghost.launch.Sweep."""
+
+    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]: ...
+    def start(self) -> tuple[int, list[int]]: ...
+    def failed(self, failure: str) -> None: ...
+
+
+def run_task(sweep: Sweep, config: DictConfig) -> float | str | None:
     """Runs the program for a task of a job, in the task's process.
 
     Returns the run's Top-1 in percent, or what went wrong: at an exception Hydra would end the sweep. A job that a
@@ -50,7 +55,7 @@ def run_task(sweep: "Sweep", config: DictConfig) -> float | str | None:
 
 
 @contextmanager
-def jobs_reported_to(sweep: "Sweep") -> Iterator[None]:
+def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
     """Within, jobs of the plugin's SLURM launcher are checked and reported by `sweep`; nothing without the plugin.
 
     The plugin alone ends a sweep at the first job that fails, and leaves the jobs of one that is interrupted.
