@@ -20,7 +20,7 @@ from typing import Self
 
 from repghost.errors import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last one is submitit's
 
 
 class StopSignals:
