@@ -26,7 +26,7 @@ test-slow: $(READY) ## the slow tests
 CLUSTER := $(VENV)/cluster
 
 test-cluster: $(CLUSTER)/installed ## runs on two machines under SLURM and torchrun, on a cluster in namespaces (as root, on Debian)
-	$(CLUSTER)/bin/python -m pytest -q -rs tests/cluster
+	$(CLUSTER)/bin/python -m pytest -q -rs tests/cluster tests/test_internals.py::test_hydra_and_its_launcher_for_slurm
 
 $(CLUSTER)/installed: $(READY) pins.txt
 	$(BIN)/python -m venv $(CLUSTER)
