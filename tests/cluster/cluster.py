@@ -161,6 +161,8 @@ class Cluster:
         self.connect()
         if cancel:
             self.n1.run("scancel --full --me")
+            for node in self.nodes:
+                node.run("pkill -KILL --full '[t]rain.py'")  # what SLURM does not know of
         for node in self.nodes:
             if not node.run("pgrep -x slurmd"):
                 node.start_slurmd()

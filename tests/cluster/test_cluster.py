@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, Node, missing, wait
+from cluster import Cluster, missing, wait
 
 from benchmarks.kill import differences
 
@@ -66,13 +66,16 @@ BY_ENDPOINT = "--rdzv-backend c10d --rdzv-endpoint n1:29500"
 BY_ADDRESS = "--master-addr n1 --master-port 29500 --node-rank"
 
 
+def torchrun(options: str, command: str) -> str:
+    return command.replace("python", f"python -m torch.distributed.run --nnodes 2 --nproc-per-node 1 {options}", 1)
+
+
 @pytest.mark.parametrize("options", [(BY_ENDPOINT, BY_ENDPOINT), (f"{BY_ADDRESS} 0", f"{BY_ADDRESS} 1")])
 def test_torchrun(cluster: Cluster, undisturbed: Path, tmp_path: Path, options: tuple[str, str]) -> None:
-    def start(node: Node, options: str) -> subprocess.Popen[str]:
-        command = TRAIN.replace("python", f"python -m torch.distributed.run --nnodes 2 --nproc-per-node 1 {options}", 1)
-        return node.start(f"{command} {TWO} name=run", tmp_path, subprocess.PIPE)
-
-    started = [start(node, each) for node, each in zip(cluster.nodes, options, strict=True)]
+    started = [
+        node.start(torchrun(each, f"{TRAIN} {TWO} name=run"), tmp_path, subprocess.PIPE)
+        for node, each in zip(cluster.nodes, options, strict=True)
+    ]
     said = "".join(process.communicate(timeout=600)[0] for process in started)
     assert [process.returncode for process in started] == [0, 0], said
     assert differences(undisturbed, finished(tmp_path, said)) == []
@@ -131,20 +134,23 @@ def test_a_node_dies(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> Non
     assert differences(undisturbed, run) == []
 
 
-def test_a_cut_link_ends_every_rank(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_cut_link_ends_every_rank(cluster: Cluster, tmp_path: Path, launcher: str) -> None:
     """Within `timeout_minutes` and 30 s, and each says who does not answer."""
     command = f"{TRAIN} {TWO} epochs=1000 trainer.timeout_minutes=0.25 name=run"
-    cluster.n1.start(f"srun --nodes=2 --ntasks-per-node=1 --output=%t.log --error=%t.log {command}", tmp_path)
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    wait(lambda: logs[0].exists() and "epoch   1/" in logs[0].read_text(), 600)
+    if launcher == "srun":
+        cluster.n1.start(f"srun --nodes=2 --ntasks-per-node=1 --output=%t.log --error=%t.log {command}", tmp_path)
+    else:
+        for rank, node in enumerate(cluster.nodes):
+            node.start(f"{torchrun(f'{BY_ADDRESS} {rank}', command)} > {rank}.log 2>&1", tmp_path)
+    wait(lambda: logs[0].exists() and "epoch   1/" in logs[0].read_text(), 600, lambda: logs[0].read_text())
     cluster.cut()
-    running = "pgrep --full '[b]in/python.*train.py'"
-    wait(
-        lambda: not any(node.run(running) for node in cluster.nodes), 300
-    )  # 45 on a machine that has nothing else to do
-    last = [[line for line in log.read_text().splitlines() if not line.startswith("srun")][-1] for log in logs]
-    assert last[0].startswith("error: ") and "rank 1 does not answer" in last[0], logs[0].read_text()
-    assert last[1].startswith("error: ") and "rank 0 on n1 does not answer" in last[1], logs[1].read_text()
+    ranks = "pgrep --full '[b]in/python[0-9.]* (-u )?/.*train.py'"  # not torchrun itself
+    wait(lambda: not any(node.run(ranks) for node in cluster.nodes), 300)  # 45 on a machine with nothing else to do
+    said = [re.findall("^error: .*", log.read_text(), re.MULTILINE)[-1:] for log in logs]
+    assert "rank 1 does not answer" in "".join(said[0]), logs[0].read_text()
+    assert "rank 0 on n1 does not answer" in "".join(said[1]), logs[1].read_text()
 
 
 # -- sweeps ------------------------------------------------------------------------------------------------------------
