@@ -68,8 +68,8 @@ def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
     try:
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
     except ImportError:
-        if wanted := [argument for argument in sys.argv if argument.startswith("hydra/launcher=s")]:
-            raise UserError(f"{wanted[0]}: hydra-submitit-launcher is not installed (the extra `sweep`)") from None
+        if any(argument.startswith(("hydra/launcher=slurm", "hydra/launcher=submitit")) for argument in sys.argv):
+            raise
         yield
         return
     launch = SlurmLauncher.launch
@@ -98,8 +98,8 @@ def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
 
 
 def _require_slurm(options: Mapping[str, Any]) -> None:
-    if missing := [key for key, value in options.items() if value == "???"]:
-        raise UserError(f"hydra.launcher.{missing[0]} is missing: give it on the command line")
+    if options["timeout_min"] < 1:
+        raise UserError("hydra.launcher.timeout_min is missing: give the time limit of a job in minutes, from 1 on")
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=slurm: there is no sbatch on this machine")
 

@@ -187,6 +187,12 @@ def test_a_sweep_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
     assert differences(tmp_path / "outputs" / "alone", run) == [], alone
 
 
+def test_a_time_limit_is_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    said = cluster.n1.run(f"{SWEEP} hydra/launcher=slurm seed=0,1; echo exit code $?", cwd=tmp_path)
+    assert said.startswith("error: hydra.launcher.timeout_min is missing") and said.endswith("\nexit code 2\n"), said
+    assert not (tmp_path / "outputs" / ".sweep" / ".submitit").exists()
+
+
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, tmp_path: Path) -> None:
     sweep = cluster.n1.start(f"{SWEEP} {SLURM} epochs=1000 seed=0,1", tmp_path, subprocess.PIPE)
     until_trained(sweep, tmp_path)
