@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format lock table reproduce clean
+.PHONY: help demo test test-slow test-cluster lint format lock table reproduce clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +21,20 @@ test: $(READY) ## the tests, without the slow ones
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+# The plugins for sweeps come into an environment of their own, which sees what is in $(VENV).
+CLUSTER := $(VENV)/cluster
+
+test-cluster: $(CLUSTER)/installed ## runs on two machines under SLURM and torchrun, on a cluster in namespaces (as root, on Debian)
+	$(CLUSTER)/bin/python -m pytest -q -rs tests/cluster tests/test_internals.py::test_hydra_and_its_launcher_for_slurm
+
+$(CLUSTER)/installed: $(READY) pins.txt
+	$(BIN)/python -m venv $(CLUSTER)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+		$$($(CLUSTER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/locked.pth
+	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt \
+		hydra-submitit-launcher hydra-optuna-sweeper
+	touch $@
 
 lint: $(READY) ## format, lint, types and structure
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
 """One training run: python train.py width=1.0 data.root=SHARDS trainer=gpu trainer.devices=8
 
 Composes conf/train.yaml with the command line, trains, and evaluates what it trained. The same command again resumes
-the run where it stopped, and does nothing when it is finished. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop it between two
-batches, saved, with exit code 75.
+the run where it stopped, and does nothing when it is finished. SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2 stop it
+between two batches, saved, with exit code 75.
 """
 
 import os

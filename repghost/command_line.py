@@ -29,14 +29,18 @@ _OVERRIDE = re.compile(r"(\+{0,2})([^+~=@][^=@]*)=(.*)", re.DOTALL)  # prefix, k
 _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
 
 
-def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags and the overrides, as Hydra takes them. Raises UserError for a mistake in either."""
+def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Hydra's flags and the overrides, as Hydra takes them, and whether they ask for a sweep.
+
+    Raises UserError for a mistake.
+    """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, too
     found = parser.parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in found.overrides]
     sweeping = found.multirun or any(o.lower() == "hydra.mode=multirun" for o in found.overrides)
-    return flags, [read_override(override, keys(program), sweeping) for override in found.overrides]
+    overrides = [read_override(override, keys(program), sweeping) for override in found.overrides]
+    return flags, overrides, sweeping
 
 
 def _refuse(message: str) -> NoReturn:

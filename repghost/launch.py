@@ -37,7 +37,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
 
         @functools.wraps(function)
         def main() -> None:
-            sweeps: list[Sweep] = []
+            sweeps: list[Sweep] = []  # empty, or the one that the command line asks for
 
             @functools.wraps(function)
             def job(config: DictConfig) -> float | None:
@@ -49,47 +49,45 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                     return None
                 if settings.runtime.choices["hydra/launcher"] != "basic":
                     # This process is the job's own, from a launcher such as submitit's.
-                    if failed := _checked(config_name, function, config):
-                        sys.exit(failed)
-                    return _top1(config)
-                if not sweeps:
-                    from repghost.sweep import Sweep
+                    from repghost.slurm import run_task
 
-                    sweeps.append(Sweep(program))
+                    return run_task(sweeps[0], config)  # type: ignore[return-value]  # a text where it failed
                 if code := run_command(sweeps[0].run_job):  # Hydra would go on with the next job
                     sys.exit(code)
                 return sweeps[0].top1
 
-            if code := run_command(lambda: _run(config_name, inspect.getmodule(function), job)):
+            def compose_and_run() -> int:
+                flags, overrides, sweeping = read_command_line(config_name, sys.argv[1:])
+                if {"--help", "-h"} & set(flags):
+                    return _print_help(config_name, inspect.getmodule(function))
+                sys.argv = [sys.argv[0], *flags, *overrides]  # where Hydra reads it
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
+                run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+                with choices_listed():
+                    if not sweeping:
+                        run()
+                        return 0
+                    from repghost.sweep import Sweep
+
+                    sweeps.append(Sweep(program))  # by now: launchers send it to their processes, as a part of `job`
+                    sweeps[0].over(run)
+                return sweeps[0].report()
+
+            if code := run_command(compose_and_run):
                 sys.exit(code)
-            if sweeps and sweeps[0].report():
-                sys.exit(1)
 
         return main
 
     return decorate
 
 
-def _run(program: str, module: object, job: Callable[[DictConfig], float | None]) -> None:
-    """Has Hydra read the command line and call `job`, once or for each job of a sweep."""
-    flags, overrides = read_command_line(program, sys.argv[1:])
-    if {"--help", "-h"} & set(flags):
-        from repghost.schema.help import help_text
+def _print_help(program: str, module: object) -> int:
+    from repghost.schema.help import help_text
 
-        print(help_text(program, inspect.getdoc(module) or "", CONF))
-        return
-    sys.argv = [sys.argv[0], *flags, *overrides]  # where Hydra reads it
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
-    with choices_listed():
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=program)(job)()
+    print(help_text(program, inspect.getdoc(module) or "", CONF))
+    return 0
 
 
 def _checked(program: str, function: Main, config: DictConfig) -> int | None:
     check_config(program, config, HydraConfig.get().overrides.task)
     return function(config)
-
-
-def _top1(config: DictConfig) -> float | None:
-    from repghost.run import folder_of, top1
-
-    return top1(folder_of(config))

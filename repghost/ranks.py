@@ -36,6 +36,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from repghost.errors import UserError, ended_by_signals, user_message
+from repghost.lost_ranks import lost_ranks
 from repghost.training.signals import end_workers
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -247,7 +248,10 @@ def _run_rank(function: Function, config: DictConfig) -> None:
         if line := user_message(error):
             raise UserError(line) from None  # its cause would be lost on the way to a launcher
         if isinstance(error, RuntimeError) and dist.is_initialized():
+            lost = lost_ranks(error)
             time.sleep(_SECONDS_UNTIL_ENDED)
+            if lost:
+                raise UserError(lost) from None
         raise
 
 

@@ -1,7 +1,8 @@
 """A sweep: `python train.py -m width=0.5,0.58` runs every job as a process of its own, one after the other.
 
-Under any of Hydra's sweepers. A job resumes a run that was interrupted and passes over one that is finished, so the
-same sweep goes on where it stopped. Check: `pytest tests/test_sweep.py`.
+Under any of Hydra's sweepers; with `hydra/launcher=slurm` SLURM runs the jobs, see repghost/slurm.py. A job resumes a
+run that was interrupted and passes over one that is finished, so the same sweep goes on where it stopped.
+Check: `pytest tests/test_sweep.py`.
 """
 
 import itertools
@@ -10,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from repghost.ranks import external_launcher, signals_passed_on
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
 from repghost.schema.check import shown
+from repghost.slurm import jobs_reported_to
 
 _OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
@@ -64,8 +66,51 @@ class Sweep:
             sys.exit(stopped or 128 + received[0])
         self.top1 = None if code else top1(folder)
         if code:
-            self._failures.append(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
-            print(self._failures[-1], flush=True)
+            self.failed(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
+
+    def over(self, jobs: Callable[[], None]) -> None:
+        """Calls `jobs`, a sweeper that runs this sweep's jobs."""
+        try:
+            with jobs_reported_to(self):
+                jobs()
+        except ValueError:
+            if self._count and len(self._failures) >= len(self._runs):
+                return  # Optuna has no best trial where all failed
+            raise
+
+    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]:
+        """Checks jobs that another launcher is about to start, the first of which has number `first` (from 0).
+
+        Returns their titles. Raises UserError as run_job does.
+        """
+        if not self._count:
+            self._read_command_line(HydraConfig.get())
+        # For the jobs, which start in another folder and have no program beside them.
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(self._program.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        titles = []
+        for number, overrides in enumerate(job_overrides, start=first + 1):
+            swept = [override for override in overrides if _key(override) not in self._fixed]
+            self._compose(swept)
+            titles.append(f"[{number}/{self._count}] {shown(' '.join(swept))}")
+            print(titles[-1], flush=True)
+        return titles
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare` was called, so that failures of the jobs are reported."""
+        return bool(self._count)
+
+    def start(self) -> tuple[int, list[int]]:
+        """Runs the job that Hydra has composed, in a process of another launcher: see _start."""
+        overrides = HydraConfig.get().overrides.task
+        return self._start([override for override in overrides if _key(override) not in self._fixed])
+
+    def failed(self, failure: str) -> None:
+        """Notes that a job failed."""
+        self._failures.append(failure)
+        print(failure, flush=True)
 
     def report(self) -> int:
         """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""

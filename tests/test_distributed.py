@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,30 @@ def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> 
 
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["train_sums"].shape == (2, 2), "a row for each rank"
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_folder(shards: Path, tmp_path: Path) -> None:
+    """Each rank has an output folder of its own; again, too, and nothing is trained."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    folders = [tmp_path / "a", tmp_path / "b"]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        folders[rank].mkdir(exist_ok=True)
+        options = ["--nnodes=2", f"--node-rank={rank}", "--master-addr=localhost", f"--master-port={port}"]
+        arguments = [*TINY, f"data.root={shards}", "trainer.num_nodes=2", "name=one"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py"), *arguments],
+            cwd=folders[rank], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    for _ in range(2):
+        for process in [start(0), start(1)]:
+            said = process.communicate(timeout=600)[0]
+            line = f"error: outputs/one: rank 1 on {socket.gethostname()} does not see what rank 0 on"
+            assert process.returncode == 1 and said.count(line) == 1 and "epoch  " not in said, said
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""The private parts of Lightning and torch that training relies on still are what they were.
+"""The private parts of Lightning, torch and Hydra that we rely on still are what they were.
 
-The first tests to read after an upgrade of either.
+The first tests to read after an upgrade of one.
 """
 
 import ast
@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from pytorch_lightning.loops import _TrainingEpochLoop
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
@@ -106,6 +108,26 @@ def test_torch() -> None:
     targets, values = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)], [torch.ones(2), torch.arange(3)]
     internals.copy_all(targets, values)
     assert all(torch.equal(a, b) for a, b in zip(targets, values, strict=True))
+
+
+def test_hydra_and_its_launcher_for_slurm() -> None:
+    """What repghost/slurm.py replaces for the time of a sweep; the second part runs in `make test-cluster`."""
+    job = JobReturn(status=JobStatus.FAILED)
+    job.return_value = error = ValueError()
+    assert job._return_value is error, "its property would raise it"
+    Plugins.instance()
+    launchers = pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher.submitit_launcher", reason="the extra `sweep` is not installed"
+    )
+    submitit = pytest.importorskip("submitit")
+    launch = inspect.signature(launchers.SlurmLauncher.launch)
+    assert list(launch.parameters) == ["self", "job_overrides", "initial_job_idx"]
+    assert {"params", "config"} <= vars(launchers.SlurmLauncher()).keys()
+    assert ".results()[0]" in inspect.getsource(launchers.BaseSubmititLauncher.launch), "of each job"
+    assert "results" in vars(submitit.core.core.Job) and issubclass(submitit.SlurmJob, submitit.core.core.Job)
+    assert {"FailedJobError", "FailedSubmissionError", "UncompletedJobError"} <= vars(submitit.core.utils).keys()
+    environment = submitit.core.job_environment.JobEnvironment
+    assert environment.USR_SIG == "USR2", "has the job queued again"
 
 
 def private_names(code: str) -> Iterator[str]:

@@ -265,12 +265,12 @@ def test_home_is_expanded_and_hydra_s_own_forms_stay(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_several_values_of_a_sweep(typed: str, taken: str) -> None:
-    assert read_command_line("train", ["-m", typed]) == (["-m"], [taken])
+    assert read_command_line("train", ["-m", typed]) == (["-m"], [taken], True)
 
 
 def test_flags_may_stand_anywhere() -> None:
     arguments = ["width=1", "--cfg", "job", "name=a b=c"]
-    assert read_command_line("train", arguments) == (["--cfg", "job"], ["width=1", "name='a b=c'"])
+    assert read_command_line("train", arguments) == (["--cfg", "job"], ["width=1", "name='a b=c'"], False)
     with pytest.raises(UserError, match="unrecognized arguments: --widht; --help and --hydra-help list what there is"):
         read_command_line("train", ["--widht"])
 

@@ -117,7 +117,7 @@ class TrainingDevices(Devices):
 class Checkpoints(Part):
     minutes: Positive = key("last.ckpt is written this often within an epoch, and at the end of every epoch")
     exit_code: Annotated[int, Field(ge=1, le=255)] = key(
-        "of a run that SIGTERM, SIGINT or SIGUSR1 ended, saved, at the end of a batch"
+        "of a run that SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 ended, saved, at the end of a batch"
     )
 
 

@@ -11,8 +11,12 @@ Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmark
 """
 
 import multiprocessing
+import os
+import secrets
 import shutil
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -37,6 +42,8 @@ BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
 
 # Changes with the content of a checkpoint; 1 had no such key.
 FORMAT = 2
+
+_SECONDS_UNTIL_SEEN = 10.0  # what a rank writes, by the others
 
 _TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
 
@@ -87,6 +94,37 @@ def require_room(folder: Path, classifier: ImageClassifier) -> None:
         )
 
 
+def require_shared(folder: Path, strategy: Strategy) -> None:
+    """Raises UserError in every rank, once all have come here, if one does not see what rank 0 writes into `folder`.
+
+    Such a rank would resume at another step than the others, or begin anew.
+    """
+    token = folder / strategy.broadcast(f".seen-{secrets.token_hex(8)}")
+    if strategy.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    strategy.barrier()
+    until = time.monotonic() + _SECONDS_UNTIL_SEEN
+    while not (seen := _is_listed(token)) and time.monotonic() < until:
+        time.sleep(0.5)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (seen, socket.gethostname()))
+    if strategy.is_global_zero:
+        token.unlink()
+    if blind := [f"rank {rank} on {host}" for rank, (seen, host) in enumerate(answers) if not seen]:
+        raise UserError(
+            f"{folder}: {', '.join(blind)} does not see what rank 0 on {answers[0][1]} writes there: "
+            "start all ranks in the same folder, or give an output=... that all machines share"
+        )
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether `path` exists; a network file system that remembers otherwise is asked again when folders are listed."""
+    with suppress(OSError):
+        return all(inner.name in os.listdir(inner.parent) for inner in (path.parent, path))
+    return False
+
+
 # -- when to save ------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +151,8 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
+        if stage == "fit" and trainer.world_size > 1:
+            require_shared(self._folder.parent, trainer.strategy)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -121,9 +161,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
-        steps = torch.as_tensor(pl_module.all_gather(torch.tensor(trainer.global_step)))
-        if steps.min() != steps.max():  # gradients of different steps would be mixed, or a rank would wait forever
-            raise UserError(f"the ranks resumed at steps {steps.tolist()}: do all machines see the same output folder?")
         if path := trainer.ckpt_path:
             batches = trainer.global_step * trainer.accumulate_grad_batches % int(trainer.num_training_batches)
             print_rank_zero(f"resumed    {path}: epoch {trainer.current_epoch + 1}, {batches} batches are done")

@@ -1,7 +1,8 @@
-"""SIGTERM, SIGINT and SIGUSR1 end a run between two batches: saved, and with an exit code that says "start me again".
+"""Signals end a run between two batches: saved, and with an exit code that says "start me again".
 
-A handler only sets a flag. At the end of a batch the ranks reduce their flags (a signal to one of them is enough),
-save, and exit with `checkpoint.exit_code`. A second signal changes nothing. Lightning's own handling is switched off.
+They are SIGTERM, SIGINT, SIGUSR1 and SIGUSR2. A handler only sets a flag. At the end of a batch the ranks reduce their
+flags (a signal to one of them is enough), save, and exit with `checkpoint.exit_code`. A second signal changes nothing.
+Lightning's own handling is switched off.
 
 Under torchrun: it passes SIGTERM and SIGINT on, kills what is left after 30 s, and returns 1 whatever its processes
 return. Under SLURM: `#SBATCH --signal=USR1@120`, and `scontrol requeue` in the job's script on the exit code.
@@ -20,7 +21,7 @@ from typing import Self
 
 from repghost.errors import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last one is submitit's
 
 
 class StopSignals:

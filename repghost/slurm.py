@@ -1,0 +1,131 @@
+"""The jobs of a sweep that SLURM runs: `hydra/launcher=slurm`, with Hydra's launcher for submitit.
+
+Each task of a job is a process of submitit's, which starts the program as the process launcher does, so that a job that
+is killed is a failure like any other. What became of it is the task's result, and the sweep's process, which waits for
+all jobs, reports it. Check: `make test-cluster`.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+from unittest import mock
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
+
+from repghost.errors import UserError
+from repghost.run import folder_of, top1
+
+_REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
+_SECONDS_UNTIL_ENDED = 60.0
+
+
+class Sweep(Protocol):
+    """What is needed of repghost.sweep.Sweep."""
+
+    @property
+    def is_prepared(self) -> bool: ...
+    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]: ...
+    def start(self) -> tuple[int, list[int]]: ...
+    def failed(self, failure: str) -> None: ...
+
+
+def run_task(sweep: Sweep, config: DictConfig) -> float | str | None:
+    """Runs the program for a task of a job, in the task's process.
+
+    Returns the run's Top-1 in percent, or what went wrong: at an exception Hydra would end the sweep. A job that a
+    signal before its time limit stopped is queued again.
+    """
+    code, received = sweep.start()
+    stopped = OmegaConf.select(config, "checkpoint.exit_code")
+    if code == stopped and _REQUEUED_ON & set(received) and "SUBMITIT_EXECUTOR" in os.environ:
+        os.kill(os.getpid(), signal.SIGUSR2)  # for submitit's handler: the first task queues the job again and exits
+        time.sleep(_SECONDS_UNTIL_ENDED)  # the others are ended by that
+    if code and not sweep.is_prepared:  # a launcher whose jobs nobody reports
+        sys.exit(code)
+    if received:
+        return f"stopped by {signal.Signals(received[0]).name}"
+    if code:
+        return f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    return top1(folder_of(config))
+
+
+@contextmanager
+def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
+    """Within, jobs of the plugin's SLURM launcher are checked and reported by `sweep`; nothing without the plugin.
+
+    The plugin alone ends a sweep at the first job that fails, and leaves the jobs of one that is interrupted.
+    """
+    Plugins.instance()  # imports the plugins anew
+    try:
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+    except ImportError:
+        if any(argument.startswith(("hydra/launcher=slurm", "hydra/launcher=submitit")) for argument in sys.argv):
+            raise
+        yield
+        return
+    launch = SlurmLauncher.launch
+
+    def launch_all(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        _require_slurm(launcher.params)
+        HydraConfig.instance().set_config(launcher.config)
+        titles = sweep.prepare(job_overrides, initial_job_idx)
+        with _results_of_lost_jobs() as submitted:
+            try:
+                returned = list(launch(launcher, job_overrides, initial_job_idx))
+            except BaseException as error:
+                _cancel(submitted)
+                if type(error).__name__ in ("FailedJobError", "FailedSubmissionError"):  # what sbatch says
+                    raise UserError(f"hydra/launcher=slurm: {' '.join(str(error).split())}") from None
+                raise
+        for title, each in zip(titles, returned, strict=True):
+            if each.status == JobStatus.FAILED:  # submitit's, as after max_num_timeout
+                each.return_value, each.status = str(each._return_value), JobStatus.COMPLETED
+            if isinstance(each.return_value, str):
+                sweep.failed(f"{title}: {each.return_value}")
+        return returned
+
+    with mock.patch.object(SlurmLauncher, "launch", launch_all):
+        yield
+
+
+def _require_slurm(options: Mapping[str, Any]) -> None:
+    if options["timeout_min"] < 1:
+        raise UserError("hydra.launcher.timeout_min is missing: give the time limit of a job in minutes, from 1 on")
+    if shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=slurm: there is no sbatch on this machine")
+
+
+@contextmanager
+def _results_of_lost_jobs() -> Iterator[list[str]]:
+    """Within, a job that ended without a result has its end for one; yields a list of the jobs that are waited for."""
+    import submitit
+
+    results, submitted = submitit.SlurmJob.results, []
+
+    def results_or_end(job: Any) -> list[Any]:
+        submitted.append(job.job_id.partition("_")[0])  # of all jobs, where they are an array
+        try:
+            return results(job)
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+            lost = JobReturn(status=JobStatus.COMPLETED)
+            lost.return_value = f"{str(error).splitlines()[0]}; its log is in {job.paths.folder}"
+            return [lost]
+
+    with mock.patch.object(submitit.SlurmJob, "results", results_or_end):
+        yield submitted
+
+
+def _cancel(jobs: Sequence[str]) -> None:
+    for job in dict.fromkeys(jobs):
+        done = subprocess.run(["scancel", job], capture_output=True, text=True)
+        problem = f"still in the queue ({done.stderr.strip()})" if done.returncode else "cancelled"
+        print(f"\nSLURM's job {job} is {problem}; the same sweep goes on from there", flush=True)
