@@ -60,7 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     picture_name = picture_names(out, paths) if pictures and out else None
     network = open_network(options)
     predictor = Predictor(network, options.top, options.batch_size, options.class_names, keep_images=pictures)
-    return write_predictions(lambda skip: predictor(image_files(paths), skip), options.format, out, picture_name)
+    images = list(image_files(paths))
+    return write_predictions(lambda skip: predictor(images, skip), len(images), options.format, out, picture_name)
 
 
 if __name__ == "__main__":
