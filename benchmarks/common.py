@@ -1,7 +1,6 @@
 """What the benchmarks share: where they ran, rates with their ratios, and the CSV file of a table."""
 
 import csv
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -9,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from repghost.machine import available_cpus
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +19,7 @@ def machine() -> dict[str, Any]:
     names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {
         "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cpus(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
         "date": date.today().isoformat(),

@@ -21,7 +21,6 @@ tests/test_latency.py`.
 
 import argparse
 import importlib.util
-import os
 import platform
 import random
 import sys
@@ -42,6 +41,7 @@ from benchmarks.latency_rows import imported, merge, print_ratios, row_of
 from repghost import WIDTHS
 from repghost.errors import UserError, run_command
 from repghost.figures import draw_accuracy, read_latency
+from repghost.machine import available_cpus
 from repghost.reference import peers
 from repghost.results import read_results
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", nargs="*", default=list(PEERS), help="names in reference/peers.csv, or all (default: %(default)s)")
     add("--backends", nargs="+", choices=PACKAGES, default=["eager", "onnxruntime"], help="(default: %(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 32], help="images a call (default: %(default)s)")
-    add("--threads", nargs="+", type=int, default=sorted({1, cores()}), help="(default: 1 and all cores)")
+    add("--threads", nargs="+", type=int, default=sorted({1, available_cpus()}), help="(default: 1 and all cores)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add("--image-size", type=int, default=224, help="in pixels (default: %(default)s)")
     add("--repetitions", type=int, default=30, help="rounds, at most (default: %(default)s)")
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError("--device cuda: executorch's programs are for the CPU; --backends eager compiled")
     what = torch.cuda.get_device_name() if device.type == "cuda" else machine()
     versions = ", ".join(f"{name} {version(name)}" for name in sorted({"timm", *(PACKAGES[b] for b in backends)}))
-    print(f"{what}, {cores()} cores, {platform.system()} {platform.machine()}")
+    print(f"{what}, {available_cpus()} cores, {platform.system()} {platform.machine()}")
     print(f"Python {platform.python_version()}, {versions}", flush=True)
     # Every network has the same code, and torch gives up on code that it has compiled eight times.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
@@ -121,11 +121,6 @@ def machine() -> str:
         lines = []
     found = {key.strip(): value.strip() for key, _, value in lines}
     return found.get("model name") or found.get("Model") or platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _width(text: str) -> float:

@@ -50,6 +50,7 @@ from data.reader import LoaderOptions, ShardReader, decode, resize
 from data.sampling import RankSampler
 from data.torch_loader import CroppedBatches, TorchLoader
 from data.write_shards.write import write_folder
+from repghost.machine import available_cpus
 from repghost.run import resolve_recipe
 
 IMAGE_SIZE = 224
@@ -387,7 +388,7 @@ def print_table(table: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = partial(parser.add_argument, metavar="N")
     add("--images", type=int, default=1500, help="files of the corpus (default %(default)s)")

@@ -48,6 +48,7 @@ from benchmarks.steps import Run, first_steps, our_step, timed_steps, timm_step
 from data.dali_loader import DaliLoader, dali_installed
 from data.torch_loader import TorchLoader
 from repghost.dataset import Batch
+from repghost.machine import available_cpus
 from repghost.training.trainer import keep_compiled
 
 MEMORY = {
@@ -84,7 +85,7 @@ def step_rows(run: Run, repetitions: int, steps: int, compiled: bool) -> Iterato
 
 def loader_rows(run: Run, setting: Setting, repetitions: int, seconds: float) -> Iterator[Row]:
     """A row a loader: what a training on this device takes from it; timm's augments in its workers."""
-    cores, kind = len(os.sched_getaffinity(0)), DaliLoader if dali_installed() else TorchLoader
+    cores, kind = available_cpus(), DaliLoader if dali_installed() else TorchLoader
     # On a CPU our augmentation runs beside the workers and is part of the loader's cost, on a GPU it is the GPU's.
     mine = ours_recipe if run.device.type == "cpu" else ours
     kinds = {"loader: timm": timm_recipe, "loader: ours": partial(mine, kind=kind)}
@@ -236,7 +237,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=50 if gpu else 1, help="of a repetition")
     add("--seconds", type=float, default=3, help="of one measurement of a loader")
     add("--epochs", type=int, default=2, help="of the run of train.py")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the loader, end to end")
+    add("--workers", type=int, default=available_cpus(), help="of the loader, end to end")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the step on a CPU")
     add("--corpus", type=Path, default=Path("~/.cache/repghost/benchmark"), help="folder of the JPEG files")
     add("--out", type=Path, default=ROOT / "results/train_step.csv", help="CSV file")

@@ -3,8 +3,6 @@
 Check: `pytest tests/test_loader.py tests/test_dali_loader.py tests/test_resume.py`.
 """
 
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.augment import Augment, Normalize
@@ -21,13 +18,13 @@ from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.folders import holds_images, shards_of_images
 from data.index import Index, load_indexes
-from data.parallel import available_cpus
 from data.reader import LoaderOptions, allow_open_files
 from data.remote import download_shards, is_remote
 from data.sampling import RankSampler, epoch_order
 from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError, print_rank_zero
+from repghost.machine import cpus_per_rank
 from repghost.training.classifier import step_seed
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "show": ("train",)}  # of Lightning's stages and data.show
@@ -238,16 +235,3 @@ class ImageNetTraining(ImageNetData):
             images, uniforms = torch.cat([b.images for b in batches]), torch.cat([b.uniforms for b in batches])
             noise = torch.Generator().manual_seed(step_seed(self.seed, epoch))
             yield self.augment.train(images, uniforms, noise)
-
-
-def cpus_per_rank() -> int:
-    """Cores for each rank: those it may use, shared evenly by the ranks that may use the same ones.
-
-    Ranks that torchrun or Lightning starts share the cores of the node or of the job; srun may give each its own.
-    """
-    mine = platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    of_ranks = [mine]
-    if dist.is_initialized():
-        of_ranks *= dist.get_world_size()
-        dist.all_gather_object(of_ranks, mine)
-    return max(1, available_cpus() // of_ranks.count(mine))

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from data.arguments import whole_number
-from data.parallel import available_cpus
 from data.shards import (
     MANIFEST,
     SPLIT_NAMES,
@@ -38,6 +37,7 @@ from data.shards import (
 from data.tars import member_name, member_names
 from repghost.errors import UserError, run_command
 from repghost.files import read_class_names
+from repghost.machine import available_cpus
 
 BY_NAME: Mapping[str, str | None] = dict.fromkeys(SPLIT_NAMES)  # no pattern for any split
 

@@ -32,11 +32,6 @@ def check_stop() -> None:
         raise Stopped
 
 
-def available_cpus() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_parallel(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[tuple[int, R], None, None]:
     """Yields (number of the task, its result) for every task, in the order in which they end.
 

@@ -20,11 +20,12 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data.parallel import available_cpus, check_stop, run_parallel
+from data.parallel import check_stop, run_parallel
 from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
 from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256, locked, read_file, require_writable
 from repghost.images import DecodeError, open_image
+from repghost.machine import available_cpus
 
 FORMAT = 1  # of manifests
 MANIFEST = "manifest.json"

@@ -32,15 +32,23 @@ _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
 def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """Hydra's flags and the overrides, as Hydra takes them, and whether they ask for a sweep.
 
-    Raises UserError for a mistake.
+    --KEY=VALUE of a key that exists is KEY=VALUE: so the agents of sweeps, such as that of W&B, write it. Raises
+    UserError for a mistake.
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, too
+    arguments = [_without_dashes(argument, keys(program)) for argument in arguments]
     found = parser.parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in found.overrides]
     sweeping = found.multirun or any(o.lower() == "hydra.mode=multirun" for o in found.overrides)
     overrides = [read_override(override, keys(program), sweeping) for override in found.overrides]
     return flags, overrides, sweeping
+
+
+def _without_dashes(argument: str, known: Mapping[str, Key]) -> str:
+    name, equals, _ = argument.removeprefix("--").partition("=")
+    is_key = argument.startswith("--") and equals and (name in known or _is_open(name, known))
+    return argument[2:] if is_key else argument
 
 
 def _refuse(message: str) -> NoReturn:

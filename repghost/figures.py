@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from repghost.errors import run_command
-from repghost.files import atomic_write, read_table
+from repghost.files import atomic_write, read_table, require_number
 from repghost.reference import Row, peers, published
 from repghost.results import HEADER, paper_rows, read_results
 
@@ -53,8 +53,15 @@ STYLES = {
 
 
 def read_latency(path: str | Path) -> list[dict[str, str]]:
-    """The rows of latency.csv (see benchmarks/latency.py), none when there is no such file."""
-    return read_table(path, (*SETTING, "model", "form", "image_size", "median_ms"), "latencies")
+    """The rows of latency.csv (see benchmarks/latency.py), none when there is no such file.
+
+    Raises UserError for a file that is no such table, and one that names the cell which is no number.
+    """
+    rows = read_table(path, (*SETTING, "model", "form", "image_size", "median_ms"), "latencies")
+    for number, row in enumerate(rows, start=2):
+        for column, kind in (("threads", int), ("batch", int), ("median_ms", float)):
+            require_number(row[column], f"{path}: row {number}: {column}", kind)
+    return rows
 
 
 def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, float]] | None:
@@ -81,7 +88,7 @@ def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, flo
     images = "one image" if batch == "1" else f"{batch} images"
     with_threads = f", {threads} thread{'s' * (threads != '1')}" if device == "cpu" else ""
     label = f"latency, {images}, {backend}{with_threads} (ms)\n{machine}"
-    return label, {row["model"]: float(row["median_ms"]) for row in chosen}
+    return label.replace("$", r"\$"), {row["model"]: float(row["median_ms"]) for row in chosen}
 
 
 def draw_accuracy(

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"  # ending of files that are being written
 CLASS_NAMES_BYTES = 10_000_000  # of a file of class names; WordNet's 117,659 synsets with all their words take 4
+TABLE_BYTES = 100_000_000  # of a CSV file
 LOCK_NOTICE = 5.0  # seconds of waiting for a lock after which a line says so
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -189,8 +191,8 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
 def read_class_names(path: Path) -> list[str]:
     """The class names in a text file, one a line; spaces around them and blank lines do not count.
 
-    The file is UTF-8, or UTF-16 with a byte order mark. Raises UserError for a file that cannot be read, a name that is
-    there twice, and one that does not fit on a line.
+    The file is UTF-8, or UTF-16 with a byte order mark. Two classes may have the same name, as in lists of ImageNet's,
+    with its two cranes. Raises UserError for a file that cannot be read, and a name that does not fit on a line.
     """
     try:
         content = read_file(path.expanduser(), CLASS_NAMES_BYTES)
@@ -199,25 +201,40 @@ def read_class_names(path: Path) -> list[str]:
         raise UserError(f"{path}: not UTF-8 text with a class name on each line") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    numbers: dict[str, int] = {}
+    names = []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if name := line.strip():
             if any(category(c) in ("Cc", "Zl", "Zp") for c in name):  # control characters, separators of lines
                 raise UserError(f"{path}: line {number} is {name[:40]!a}, not a name that can be printed")
-            if numbers.setdefault(name, number) != number:
-                raise UserError(f"{path}: {name} is the name of two classes, in lines {numbers[name]} and {number}")
-    return list(numbers)
+            names.append(name)
+    return names
 
 
 def read_table(path: str | Path, columns: Collection[str], what: str) -> list[dict[str, str]]:
-    """The rows of a CSV file, none when there is no such file. Raises UserError when it lacks one of `columns`."""
+    """The rows of a CSV file, none when there is no such file; a cell that a row lacks is empty.
+
+    Raises UserError for a file that is no table, or lacks one of `columns`.
+    """
     if not Path(path).exists():
         return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
+    try:
+        text = read_file(path, TABLE_BYTES).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
         if missing := set(columns) - set(reader.fieldnames or ()):
             raise UserError(f"{path}: not a table of {what}, it has no column {min(missing)}")
         return list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a table of {what} in UTF-8 ({error})") from None
+
+
+def require_number(cell: str, where: str, number: Callable[[str], float] = float) -> None:
+    """Raises UserError that says where for a cell of a table that is no finite number."""
+    try:
+        finite = math.isfinite(number(cell))
+    except (ValueError, OverflowError):
+        finite = False
+    if not finite:
+        raise UserError(f"{where} is {cell!r}, not {'a number' if number is float else 'a whole number'}")
 
 
 def rows_as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

@@ -51,14 +51,17 @@ def run(arguments: Sequence[str]) -> int:
 
     # What takes seconds to import: the command is understood by now.
     from repghost.images import image_files
+    from repghost.machine import limit_threads
     from repghost.networks import open_network
     from repghost.predicted import picture_names, write_predictions
     from repghost.prediction import Predictor
 
+    limit_threads()
     picture_name = picture_names(out, paths) if pictures and out else None
     network = open_network(options)
     predictor = Predictor(network, options.top, options.batch_size, options.class_names, keep_images=pictures)
-    return write_predictions(lambda skip: predictor(image_files(paths), skip), options.format, out, picture_name)
+    images = list(image_files(paths))
+    return write_predictions(lambda skip: predictor(images, skip), len(images), options.format, out, picture_name)
 
 
 if __name__ == "__main__":

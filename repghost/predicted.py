@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,16 +23,21 @@ from repghost.images import EXTENSIONS, is_url
 from repghost.prediction import Prediction
 from repghost.text import as_cell
 
+SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is no terminal
+
 Predict = Callable[[Callable[[str, Exception], None]], Iterable[Prediction]]
 
 
-def write_predictions(predict: Predict, form: str, out: Path | None, picture_name: Callable[[str], Path] | None) -> int:
+def write_predictions(
+    predict: Predict, total: int, form: str, out: Path | None, picture_name: Callable[[str], Path] | None
+) -> int:
     """Writes all predictions in a format and returns the exit code: 1 where there are none.
 
-    predict: gives them when it is called with what takes the images that cannot be read. out: None for the terminal.
-    picture_name: see `picture_names`.
+    predict: gives them when it is called with what takes the images that cannot be read. total: number of images. out:
+    None for the terminal. picture_name: see `picture_names`.
     """
     predicted = skipped = 0
+    said = time.monotonic()
 
     def skip(file: str, error: Exception) -> None:
         nonlocal skipped
@@ -44,8 +50,9 @@ def write_predictions(predict: Predict, form: str, out: Path | None, picture_nam
     if to_file and out:
         out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8", newline="") if to_file and out else nullcontext(sys.stdout) as output:
-        # No bar where stderr is no terminal (disable=None), nor where it would run through the table.
-        for prediction in tqdm(predict(skip), unit=" images", disable=True if output.isatty() else None):
+        # Neither a bar nor lines where they would run through the table.
+        bar, lines = sys.stderr.isatty() and not output.isatty(), not sys.stderr.isatty() and not output.isatty()
+        for prediction in tqdm(predict(skip), total=total, unit=" images", disable=not bar):
             if picture_name is not None and prediction.image is not None:
                 path = picture_name(prediction.file)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +62,9 @@ def write_predictions(predict: Predict, form: str, out: Path | None, picture_nam
             else:
                 print(as_table(prediction, output) if form == "table" else as_json(prediction), file=output)
             predicted += 1
+            if lines and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{predicted + skipped:,} of {total:,} images", file=sys.stderr, flush=True)
     where = f", annotated in {out}" if picture_name and predicted else ""
     print(printable(f"{predicted:,} images predicted, {skipped:,} skipped{where}"), file=sys.stderr)
     return 0 if predicted else 1

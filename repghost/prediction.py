@@ -24,12 +24,13 @@ from torch import Tensor
 from repghost.errors import UserError
 from repghost.files import read_class_names
 from repghost.images import read_image
+from repghost.machine import available_cpus
 from repghost.model import RepGhostNet
 from repghost.networks import Network, open_network
 from repghost.options import NetworkOptions
 from repghost.reparameterization import reparameterize
 
-READERS = min(4, os.cpu_count() or 1)  # threads that decode; PIL and torch release the interpreter's lock
+READERS = 4  # threads that decode, at most; PIL and torch release the interpreter's lock
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -115,7 +116,7 @@ class Predictor:
     def __call__(self, pictures: Iterable[Picture], on_error: Callable[[str, Exception], None]) -> Iterator[Prediction]:
         """The predictions of `pictures` in their order; those that cannot be read go to `on_error`."""
         rest = enumerate(pictures)
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(min(READERS, available_cpus())) as pool:
             while batch := list(islice(rest, self._batch_size)):
                 loaded = []
                 for number, picture, reading in [

@@ -37,6 +37,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from repghost.errors import UserError, ended_by_signals, user_message
 from repghost.lost_ranks import lost_ranks
+from repghost.machine import available_cpus
 from repghost.training.signals import end_workers
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -193,7 +194,7 @@ def _start_ranks(function: Function, config: DictConfig, devices: int) -> int:
             sys.exit(stopped or 128 + number)
 
     # More threads than cores wait for each other.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // devices)))
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # its last word on a rank that was killed
     logging.disable()  # what the elastic launcher says about a failure
     with TemporaryDirectory(prefix="ranks_") as folder, signals_passed_on(send) as received, _blocked_in_ranks():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from repghost.errors import UserError, run_command
-from repghost.files import locked, require_writable, write_text
+from repghost.files import TABLE_BYTES, locked, read_file, require_number, require_writable, write_text
 from repghost.reference import IMAGENET, published
 from repghost.text import as_cell, from_cell
 
@@ -85,10 +85,7 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
         row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells, strict=False))
         row |= {column: from_cell(row[column]) for column in _TEXTS}
         for column in _NUMBERS:
-            try:
-                float(row[column])
-            except ValueError:
-                raise UserError(f"{path}: row {number}: {column} is {row[column]!r}, not a number") from None
+            require_number(row[column], f"{path}: row {number}: {column}")
         found.append(row)
     return found
 
@@ -96,7 +93,7 @@ def read_results(path: str | Path) -> list[dict[str, str]]:
 def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of results.csv as they stand there, numbers with decimal points; both empty for no such file."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_file(path, TABLE_BYTES).decode("utf-8-sig")
         lines = io.StringIO(text, newline="")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         header, *rows = list(csv.reader(lines, delimiter=delimiter, strict=True)) or [[]]
@@ -175,7 +172,10 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_between_markers(path: str | Path, table: str) -> bool:
     """Replaces what stands between MARKERS in a Markdown file; False when the file has no such lines."""
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = read_file(path, TABLE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 ({error})") from None
     before, start, rest = text.partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])
     if not start or not end:

@@ -124,13 +124,17 @@ def match_classes(
         hint = "if it is only named otherwise, data.class_names=FILE names the classes"
         raise UserError(f"the network does not know the class {which}: {hint}")
     for names in (network, data):
-        if len(set(names)) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise UserError(f"two classes are called {one_line(twice)}: they cannot be told apart by name")
+        _require_different(names)
     columns = [output_of[name] for name in data]
     if len(columns) < outputs:
         return columns, f"scored among the {len(columns)} classes of the data set, of the network's {outputs}"
     return columns, "the classes of the data set are in another order than the network's: matched by name"
+
+
+def _require_different(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"two classes are called {one_line(twice)}: they cannot be told apart by name")
 
 
 def class_columns(classes: Sequence[str]) -> list[int]:
@@ -141,6 +145,7 @@ def class_columns(classes: Sequence[str]) -> list[int]:
         raise UserError(
             f"{len(unknown)} classes are no WordNet ids or numbers of ImageNet's 1,000: {one_line(unknown[0])}: {hint}"
         )
+    _require_different(classes)
     return [label_of[name] for name in classes]
 
 

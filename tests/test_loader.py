@@ -5,10 +5,12 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +21,13 @@ from PIL import Image
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import CenterCrops, RandomCrops
-from data.datamodule import cpus_per_rank
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions, ShardReader, decode
 from data.sampling import NUM_UNIFORMS, RankSampler
 from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
+from repghost import machine
 from repghost.errors import UserError
+from repghost.training.classifier import ImageClassifier
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -226,18 +229,43 @@ def test_a_small_shared_memory_is_named_before_workers_start(index: Index, monke
         list(TorchLoader(crops, LoaderOptions(workers=2, prefetch=2, ranks=4)))
 
 
-def shares(rank: int, store: Path, cores: list[int]) -> tuple[int, int]:
-    """cpus_per_rank of one of two ranks: on the same cores, then on one core each."""
-    os.sched_setaffinity(0, cores)
+def shares(rank: int, store: Path) -> list[int]:
+    """cpus_per_rank of one of two ranks, for cores that it is bound to and quotas."""
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
-    together = cpus_per_rank()
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    return together, cpus_per_rank()
+    together, apart = list(range(7)), [rank, rank + 2, rank + 4]
+    found = []
+    with pytest.MonkeyPatch.context() as patched:
+        for bound, quota in ((together, None), (together, 4), (together, 1), (apart, None), (apart, 8), (apart, 4)):
+            patched.setattr(machine, "bound_to", lambda bound=bound: bound)
+            patched.setattr(machine, "cpu_quota", lambda quota=quota: quota)
+            found.append(machine.cpus_per_rank())
+    return found
 
 
-def test_auto_workers_share_the_cores_that_the_ranks_may_use(tmp_path: Path) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    assert cpus_per_rank() == len(cores)
+def test_the_ranks_of_a_machine_share_its_cores(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for together, apart in pool.map(shares, range(2), [tmp_path / "store"] * 2, [cores] * 2):
-            assert (together, apart) == (max(1, len(cores) // 2), 1)
+        assert list(pool.map(shares, range(2), [tmp_path / "store"] * 2)) == [[3, 2, 1, 3, 3, 2]] * 2
+
+
+@pytest.mark.parametrize("quota", [1, 2])
+def test_workers_and_threads_are_as_many_as_cores(
+    quota: int, train_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "bound_to", lambda: list(range(128)))
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = []
+    step = ImageClassifier.training_step
+
+    def spy(self: ImageClassifier, *batch: Any) -> Any:
+        found.append((self.trainer.train_dataloader.num_workers, torch.get_num_threads()))
+        return step(self, *batch)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", spy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert train_tiny("data.workers=auto", "loader=torch", "epochs=1") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {(quota, quota)}

@@ -8,7 +8,52 @@ import time
 import pytest
 
 from data.parallel import check_stop, run_parallel
+from repghost import machine
 from repghost.errors import UserError
+from repghost.machine import available_cpus, cpu_quota
+
+QUOTAS: dict[str, tuple[str, dict[str, str], int | None]] = {
+    "none": ("0::/job", {}, None),
+    "version 2": ("0::/", {"cpu.max": "300000 100000"}, 3),
+    "without a limit": ("0::/", {"cpu.max": "max 100000"}, None),
+    "a part of a core": ("0::/", {"cpu.max": "150000 100000"}, 2),
+    "less than a core": ("0::/", {"cpu.max": "5000 100000"}, 1),
+    "of an outer group": ("0::/slice/job", {"slice/cpu.max": "200000 100000", "slice/job/cpu.max": "max 1000"}, 2),
+    "the smallest": ("0::/a/b", {"a/cpu.max": "900000 100000", "a/b/cpu.max": "400000 100000"}, 4),
+    "of another group": ("0::/a", {"b/cpu.max": "200000 100000"}, None),
+    "outside of this container": ("0::/../other", {"cpu.max": "200000 100000"}, 2),
+    "version 1": (
+        "4:memory:/\n3:cpu,cpuacct:/job\n0::/",
+        {"cpu/job/cpu.cfs_quota_us": "250000", "cpu/job/cpu.cfs_period_us": "50000", "cpu/cpu.cfs_quota_us": "-1"},
+        5,
+    ),
+    "version 1 without a limit": (
+        "3:cpu:/",
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "memory/cpu.max": "100000 100000"},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_the_quota_of_a_cgroup(case, tmp_path, monkeypatch):
+    own, contents, cores = QUOTAS[case]
+    (tmp_path / "own").write_text(f"{own}\n")
+    for name, content in contents.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(f"{content}\n")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "bound_to", lambda: list(range(128)))
+    assert cpu_quota() == cores
+    assert available_cpus() == (cores or 128)
+    monkeypatch.setattr(machine, "bound_to", lambda: [7])
+    assert available_cpus() == 1
+
+
+def test_without_cgroups(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    assert cpu_quota() is None and available_cpus() == len(os.sched_getaffinity(0))
 
 
 def _process(task: int) -> int:

@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 from data.crops import CenterCrops
 from data.reader import resize
 from data.sampling import RankSampler
-from repghost import predict, repghostnet
+from repghost import predict, predicted, repghostnet
 from repghost.errors import UserError, run_command
 from repghost.images import Preprocessing, image_files, read_image
 from repghost.networks import open_network
@@ -110,6 +110,18 @@ def test_pixels_are_those_of_the_validation_loader(photo: str) -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     found = Preprocessing(96).transform()(Image.fromarray(pixels)) * std + mean
     assert (found * 255 - expected).abs().max() < 1e-3
+
+
+def test_progress_is_lines_where_there_is_no_terminal(
+    weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(photos / name) for name in ("a.jpg", "broken.jpg", "sub/a.jpg")]
+    for seconds, expected in ((0, ["1 of 3 images", "3 of 3 images"]), (1e9, [])):
+        monkeypatch.setattr(predicted, "SECONDS_BETWEEN_LINES", seconds)
+        predict.run([*files, f"weights={weights}", "width=0.1", "batch_size=1", f"out={tmp_path / 'table.txt'}"])
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if " of " in line] == expected
+        assert "broken.jpg: skipped" in said[len(expected) // 2] and said[-1] == "2 images predicted, 1 skipped"
 
 
 def test_neither_batches_nor_order_matter(weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

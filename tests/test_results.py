@@ -10,6 +10,7 @@ import pytest
 
 from repghost import figures
 from repghost.errors import run_command
+from repghost.files import rows_as_csv
 from repghost.model import WIDTHS
 from repghost.results import (
     COLUMNS,
@@ -204,6 +205,66 @@ def test_a_cell_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.Captur
     path.write_text(path.read_text().replace("74.25", "24. Jul"))
     assert run_command(lambda: main(["--results", str(path)])) == 2
     assert "row 2: top1 is '24. Jul', not a number" in capsys.readouterr().err
+
+
+NO_TABLES: dict[str, bytes | str] = {
+    "binary": bytes(range(256)),
+    "an image": b"\x89PNG\r\n\x1a\n\0\0\0",
+    "prose": b"the quick brown fox\n",
+    "a table of something else": b"a,b\n1,2\n",
+    "an open quote": b'a,"b\n1,2\n',
+    "a folder": "folder",
+    "a pipe": "pipe",
+    "a device": "/dev/zero",
+}
+
+
+@pytest.mark.parametrize("kind", NO_TABLES)
+def test_what_is_no_table_is_a_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    given = NO_TABLES[kind]
+    path = given if isinstance(given, str) else "given"
+    if isinstance(given, bytes):
+        Path(path).write_bytes(given)
+    for program, option in ((main, "--results"), (figures.main, "--results"), (figures.main, "--latency")):
+        assert run_command(lambda program=program, option=option: program([option, path])) == 2, option
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {path}: ") and len(error.splitlines()) == 1
+    if kind not in ("prose", "a table of something else", "an open quote"):
+        assert run_command(lambda: main(["--readme", path])) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"error: {path}: ") and len(error.splitlines()) == 1
+    assert not Path("results").exists(), "nothing was drawn"
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [("threads", "two"), ("threads", "1.5"), ("batch", ""), ("batch", "9" * 5000), ("median_ms", "12 ms"),
+     ("median_ms", "nan"), ("median_ms", "1e999")],
+)  # fmt: skip
+def test_a_latency_that_is_no_number_is_named(
+    column: str, cell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"machine": "m$_{", "device": "cpu", "backend": "eager", "threads": "1", "batch": "1", "form": "fused"}
+    row |= {"image_size": "224", "model": "repghostnet_100", "median_ms": "2.5"}
+    peer = row | {"form": "timm_reparameterized", "model": "mobilenetv3_large_100"}
+    path = tmp_path / "latency.csv"
+
+    def draw() -> int:
+        return run_command(lambda: figures.main(["--latency", str(path), "--out", str(tmp_path)]))
+
+    path.write_text(rows_as_csv([row, peer]))
+    assert draw() == 0 and capsys.readouterr().out.endswith("accuracy.svg\n")
+    path.write_text(rows_as_csv([row, peer | {column: cell}]))
+    assert draw() == 2
+    error = capsys.readouterr().err
+    assert f"latency.csv: row 3: {column} is " in error and "number" in error and len(error.splitlines()) == 1
+    path.write_text(rows_as_csv([row]) + "m,cpu\n")
+    assert draw() == 2 and "row 3: threads is '', not a whole number" in capsys.readouterr().err
 
 
 def test_a_link_to_shared_results_stays_a_link(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from repghost.files import read_class_names
 from repghost.reference import class_words, synsets
 from repghost.run import is_finished
 from repghost.run_data import recorded_data, write_class_names
-from repghost.test_sets import match_classes
+from repghost.test_sets import class_columns, match_classes
 from repghost.text import as_cell, from_cell, one_line
 
 Program = Callable[..., int]
@@ -228,6 +228,8 @@ def test_classes_are_matched_by_name() -> None:
         (synsets()[5:9], synsets(), 1000, [5, 6, 7, 8]),
         (synsets(), None, 1000, None),
         (class_words(), None, 1000, None),
+        (["crane", "dog", "crane"], ["crane", "dog", "crane"], 3, None),
+        (["crane", "dog", "crane"], None, 3, None),
     ):
         assert match_classes(data, network, outputs)[0] == columns, (data[:3], (network or [])[:3])
     for data, network, outputs, named in (
@@ -240,6 +242,31 @@ def test_classes_are_matched_by_name() -> None:
     ):
         with pytest.raises(UserError, match=named.replace("(", r"\(")):
             match_classes(data, network, outputs)
+    with pytest.raises(UserError, match="two classes are called n01440764"):
+        class_columns(["n01440764", "n01443537", "n01440764"])
+
+
+def test_two_classes_of_the_same_name(
+    shards: Path, train_tiny: Program, evaluate_with: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lists of ImageNet's words have two cranes, which their labels tell apart."""
+    folder = Path("named")
+    shutil.copytree(shards, folder, ignore=lambda _, names: [name for name in names if not name.endswith(".tar")])
+    root = f"data.root={folder}"
+    (folder / "names.txt").write_text("crane\ndog\ncrane\n")
+    data = (root, f"data.class_names={folder / 'names.txt'}")
+    assert train_tiny("name=a", "epochs=1", *data) == 0
+    assert Path("outputs/a/classes.txt").read_text() == "crane\ndog\ncrane\n"
+    own = json.loads(Path("outputs/a/evaluation.json").read_text())
+    report = "report=[classes,predictions,confusion,worst]"
+    assert evaluate_with("run=outputs/a", "trainer=cpu", "data.workers=0", report) == 0
+    assert json.loads(Path("outputs/a/evaluation.json").read_text())["top1"] == own["top1"]
+    with open("outputs/a/classes.csv", newline="") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == ["crane", "dog", "crane"]
+    (folder / "names.txt").write_text("crane\ncrane\ndog\n")
+    capsys.readouterr()
+    assert evaluate_with("run=outputs/a", *data, "trainer=cpu", "data.workers=0") == 2
+    assert "two classes are called crane" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 # -- odd names ---------------------------------------------------------------------------------------------------------

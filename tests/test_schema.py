@@ -275,6 +275,19 @@ def test_flags_may_stand_anywhere() -> None:
         read_command_line("train", ["--widht"])
 
 
+def test_keys_may_have_dashes_as_agents_of_sweeps_write_them() -> None:
+    typed = ["--width=1.0", "--recipe.learning_rate=0.1", "--data=digits", "--name=a=b", "--logger.settings.x=1"]
+    taken = ["width=1.0", "recipe.learning_rate=0.1", "data=digits", "name='a=b'", "logger.settings.x=1"]
+    assert read_command_line("train", typed) == ([], taken)
+    assert read_command_line("train", ["--multirun", "--width=1.0,0.5"]) == (["--multirun"], ["width=1.0,0.5"])
+    assert read_command_line("evaluate", ["--run=outputs/a"]) == ([], ["run=outputs/a"])  # a flag of Hydra, too
+    for wrong in ("--widht=1.0", "--recipe.learning_rat=0.1", "--width", "--=1"):
+        with pytest.raises(UserError, match=f"{wrong}|--width"):
+            read_command_line("train", [wrong])
+    with pytest.raises(UserError, match=r"^width=a: give"):
+        compose_config("train", read_command_line("train", ["--width=a"])[1])
+
+
 # -- as programs -------------------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.parallel import available_cpus, run_parallel
+from data.parallel import run_parallel
 from data.tars import TAR_DAMAGE, check_tar_end
 from data.write_shards.source import Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
 from repghost.files import regular_file
 from repghost.images import is_image
+from repghost.machine import available_cpus
 
 _META, _TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"  # in the devkit
 Member = tuple[str, int, int]  # the base name, the first byte in the archive, bytes

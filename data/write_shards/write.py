@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from numpy.random import Philox
 from tqdm import tqdm
 
-from data.parallel import available_cpus, run_parallel
+from data.parallel import run_parallel
 from data.shards import FORMAT
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
@@ -37,6 +37,7 @@ from data.write_shards.shard import Options, Shard, Task, finished_shard, write_
 from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing, Source
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256, remove_leftovers, write_text
+from repghost.machine import available_cpus
 from repghost.reference import IMAGENET
 
 _SHARD_STREAM = 2  # Philox counter's highest word; 0 and 1 belong to data.sampling

@@ -29,6 +29,7 @@ from repghost.export.runtimes import (
 )
 from repghost.files import TEMPORARY
 from repghost.images import Preprocessing, calibration_images, sample_images
+from repghost.machine import limit_threads
 from repghost.model import RepGhostNet
 from repghost.networks import Network, open_network
 from repghost.reparameterization import reparameterize
@@ -47,6 +48,7 @@ def export(options: Options) -> Path:
         require(package)
     if is_exported(options.weights):
         raise UserError(f"{options.weights}: exported already; give the weights or the run that it came from")
+    limit_threads()
     network = open_network(options)
     assert isinstance(network.model, RepGhostNet)
     deployment = _deployment(options, network.preprocessing)

@@ -100,7 +100,7 @@ class Devices(Part):
         "processes on this machine, one a device; auto: every GPU, one CPU process"
     )
     num_nodes: Annotated[int, Field(ge=1, le=65536)] = key("machines")
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = key("of PyTorch in a CPU process; null: PyTorch's choice")
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = key("of PyTorch in a CPU process; null: one a core, at most")
     timeout_minutes: Annotated[float, Field(gt=0, le=43200)] = key("how long a rank waits for the others")
     precision: Any = follows("precision")
     deterministic: Any = follows("deterministic")

@@ -24,6 +24,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from repghost.errors import UserError
+from repghost.machine import limit_threads
 from repghost.ranks import choose_devices, environment
 from repghost.training.internals import (
     choose_kernels_by_rule,
@@ -50,6 +51,7 @@ def make_trainer(
     epochs: int | None = None,
     batch_size: int | None = None,
     accumulate: int = 1,
+    callbacks: Sequence[pl.Callback] = (),
     plugins: Sequence[CheckpointIO] = (),
     **options: Any,
 ) -> pl.Trainer:
@@ -57,10 +59,11 @@ def make_trainer(
 
     accelerator: `cpu`, `gpu`, or `auto` (a GPU where there is one). devices: how many, or `auto` (every GPU, one CPU
     process; what torchrun or srun started here). precision: `float32`, `bf16`, `fp16`, or `auto` (bf16 where the GPU
-    has it, fp16 on an older one, float32 on a CPU). threads: of PyTorch in each process, None for PyTorch's choice.
+    has it, fp16 on an older one, float32 on a CPU). threads: of PyTorch in each process, None for PyTorch's choice, at
+    most its share of the cores.
     timeout_minutes: how long a rank waits for the others before it gives up. Only a training has epochs, accumulate and
     a batch_size, the global one, which is cut into `devices * num_nodes * accumulate` equal parts. options: of
-    pl.Trainer, such as its callbacks.
+    pl.Trainer.
     """
     accelerator, devices = choose_devices(accelerator, devices, num_nodes)
     distributed = devices * num_nodes > 1
@@ -76,6 +79,7 @@ def make_trainer(
         deterministic=deterministic,
         benchmark=not deterministic,
         default_root_dir=directory,
+        callbacks=[*callbacks] if threads else [_Threads(), *callbacks],
         plugins=[*plugins, environment()],
         log_every_n_steps=0,  # the loggers get whole epochs
         use_distributed_sampler=False,  # the data module knows the ranks
@@ -99,6 +103,13 @@ def _set_up_process(accelerator: str, threads: int | None, distributed: bool) ->
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _Threads(pl.Callback):
+    """Shares the cores among the ranks, which know each other when this is called."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        limit_threads()
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
