@@ -10,6 +10,7 @@ import os
 # Read when torch is loaded: threads that wait for each other sleep, since beside decoding processes they starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,17 +20,28 @@ from repghost.launch import command
 
 @command("train")
 def main(config: DictConfig) -> int:
-    # Here and below, what takes long to import: the command line was understood by now.
     from repghost.lock import sole_writer
-    from repghost.ranks import global_rank, run_on_devices
-    from repghost.run import folder_of, is_finished, open_run
+    from repghost.run_name import folder_of
 
-    with sole_writer(folder_of(config), global_rank()):
+    folder, launched = folder_of(config), _perhaps_another_rank()
+    with sole_writer(folder, rank=1 if launched else 0), ExitStack() as stack:
+        # Here and below, what takes long to import: the command line was understood by now.
+        from repghost.ranks import global_rank, run_on_devices
+        from repghost.run import is_finished, open_run
+
+        rank = global_rank()
+        if launched:
+            stack.enter_context(sole_writer(folder, rank))
         directory, config = open_run(config)
         if is_finished(directory):
             print(f"{directory} is finished; evaluation.json in it holds the result")
             return 0
         return run_on_devices(train, config)
+
+
+def _perhaps_another_rank() -> bool:
+    """Whether torchrun or srun started others before this process, or left their variables in its environment."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("RANK", "SLURM_PROCID"))
 
 
 def train(config: DictConfig) -> None:
@@ -40,7 +52,8 @@ def train(config: DictConfig) -> None:
     from repghost.description import describe_run
     from repghost.evaluation import evaluate_run
     from repghost.reference import reference_curve
-    from repghost.run import folder_of, record_run
+    from repghost.run import record_run
+    from repghost.run_name import folder_of
     from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
     from repghost.training.loggers import RunFiles, SpeedBar, make_logger
     from repghost.training.profiler import StepProfiler

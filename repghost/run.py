@@ -4,9 +4,7 @@ Reading a folder needs OmegaConf only, neither Hydra nor Lightning.
 Check: `pytest tests/test_train.py tests/test_resume.py tests/test_config.py`.
 """
 
-import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,21 +20,16 @@ from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
 from repghost.results import require_writable_results
 from repghost.run_data import CLASSES_FILE, record_data, require_equal, require_same_data
+from repghost.run_name import WHERE_AND_HOW_FAST, folder_of, key_of, run_name, starts_with
 from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint, read_description
 
 if TYPE_CHECKING:
     from repghost.dataset import DataModule  # which needs Lightning
 
-# Keys that say where and how fast a run happens: no part of its name, and free to change when it is resumed.
-WHERE_AND_HOW_FAST = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
-                      "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
 # Besides: images are compared by their fingerprint, a step may be cut into other parts, and the classifier's arguments
 # are the recipe's values under other names.
 _MAY_CHANGE = (*WHERE_AND_HOW_FAST, "data.root", "accumulate", "classifier")
 COLOUR = ("recipe.augment.jitter", "recipe.augment.rand_augment")  # one of them is null: see resolve_recipe
-# Part of the name by their values alone.
-_NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
-_LONGEST_NAME = 255  # bytes that file systems take
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
@@ -80,8 +73,8 @@ def _require_same_run(directory: Path, config: DictConfig, derived: tuple[str, .
     found: list[tuple[bool, str, Any, Any]] = []
     for key in flat(before).keys() | flat(config).keys():
         old, new = (OmegaConf.select(each, key, default=...) for each in (before, config))
-        if old != new and ... not in (old, new) and not _starts_with(key, _MAY_CHANGE) and not key.endswith("_target_"):
-            found.append((_starts_with(key, derived), key, old, new))
+        if old != new and ... not in (old, new) and not starts_with(key, _MAY_CHANGE) and not key.endswith("_target_"):
+            found.append((starts_with(key, derived), key, old, new))
     if found:
         _, key, old, new = min(found, key=lambda difference: difference[:2])
         raise UserError(
@@ -116,7 +109,7 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    named = {_key_of(override) for override in HydraConfig.get().overrides.task}
+    named = {key_of(override) for override in HydraConfig.get().overrides.task}
     if config.run is not None:
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:
@@ -135,10 +128,6 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     require_values(config)
     require_writable_results(config.results)
     return config
-
-
-def _key_of(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def require_values(config: DictConfig) -> None:
@@ -199,10 +188,6 @@ def data_name(config: Any) -> str:
     return Path(root.rstrip("/")).name if isinstance(root, str) else root["_target_"].rpartition("_")[2]
 
 
-def _starts_with(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of a nested config; an empty mapping keeps its key."""
     if not isinstance(config, Mapping) or not config:
@@ -210,42 +195,10 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
-def folder_of(config: DictConfig) -> Path:
-    """The folder of the run that a config of train.py or evaluate.py is about, under the HydraConfig that is set.
-
-    For evaluate.py with weights=FILE, which is no run, FILE without its ending.
-    """
-    if "output" in config:
-        return Path(config.output) / (config.name or run_name(config))
-    return Path(config.run) if config.run else Path(config.weights or "weights").with_suffix("")
-
-
 def top1(folder: Path) -> float | None:
     """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
     evaluation = read_evaluation(folder / EVALUATION) if is_finished(folder) else None
     return evaluation["top1"] if evaluation else None
-
-
-def run_name(config: DictConfig) -> str:
-    """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra_config: Any = HydraConfig.get()
-    root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
-    parts = [Path(root).name or "data", str(config.recipe.name), f"w{config.width:g}", f"s{config.seed}"]
-    for override in sorted(hydra_config.overrides.task):
-        key = _key_of(override)
-        if key not in _NAMED_ALREADY and not _starts_with(key, WHERE_AND_HOW_FAST):
-            parts.append(f"{key}_{override.partition('=')[2]}")
-    # Nothing that a shell or Hydra's command line would take apart.
-    name = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
-    return name if len(name.encode()) <= _LONGEST_NAME else _shortened(name)
-
-
-def _shortened(name: str) -> str:
-    """The first part of a name and a digest of all of it."""
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def _write_on_rank_zero(path: Path, text: str) -> None:

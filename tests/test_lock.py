@@ -5,15 +5,22 @@ import fcntl
 import json
 import multiprocessing
 import os
+import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
+from conftest import TINY
+from runs import ROOT
 
 from repghost import lock
 from repghost.errors import UserError
@@ -36,7 +43,8 @@ def another_writer(folder: Path) -> Iterator[Any]:
     process.start()
     began.wait()
     yield process
-    end.set()
+    if process.is_alive():  # to tell one that was killed while it waits would wait for its answer
+        end.set()
     process.join()
 
 
@@ -92,6 +100,54 @@ def test_ten_at_once(tmp_path: Path, locks_work: bool, monkeypatch: pytest.Monke
         process.join()
     assert sorted(found) == ["refused"] * 9 + ["wrote"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_command_is_refused_before_anything_that_takes_long_is_imported(tmp_path: Path, shards: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, *TINY, f"data.root={shards}", "name=a"]
+    with another_writer(tmp_path / "outputs" / "a"):
+        ended = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert ended.stdout == b"2 False\n" and b"is training there" in ended.stderr, ended.stderr
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+@pytest.mark.slow
+def test_the_same_run_started_twenty_times(tmp_path: Path, shards: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"data.root={shards}", "name=a", "trainer.threads=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=PIPE, stderr=PIPE)
+
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    assert start(alone).communicate() and (alone / "outputs" / "a" / "evaluation.json").exists()
+    draw, processes, before = random.Random(0), [], 0.0
+    for moment in sorted([draw.random() for _ in range(10)] + [0.5] * 10):
+        time.sleep(moment - before)
+        processes.append(start(together))
+        before = moment
+    outcomes = []
+    for process in processes:
+        out, error = process.communicate()
+        if process.returncode == 2:
+            assert re.fullmatch(r"error: outputs/a: process \d+ on .* is training there, since .*\n", error), error
+            outcomes.append("refused")
+        else:
+            assert process.returncode == 0 and "Traceback" not in error, error
+            outcomes.append("finished" if "outputs/a is finished" in out else "trained")  # it came late
+    assert outcomes.count("trained") == 1 and "refused" in outcomes
+    for name in ("metrics.csv", "evaluation.json", "evaluation_best_ema.json", "model.safetensors"):
+        (one,), (other,) = (list(folder.rglob(name)) for folder in (alone, together))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert not [path for path in together.rglob(".*") if path.is_file()], "nothing is left"
 
 
 # -- where locks do not reach ------------------------------------------------------------------------------------------
