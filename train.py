@@ -50,6 +50,7 @@ def train(config: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from repghost.description import describe_run
+    from repghost.errors import print_rank_zero
     from repghost.evaluation import evaluate_run
     from repghost.reference import reference_curve
     from repghost.run import record_run
@@ -83,6 +84,7 @@ def train(config: DictConfig) -> None:
             start_from(model, config.weights)
         if compiles(config.compile, trainer.strategy.root_device):
             keep_compiled(Path(config.data.cache) / "compiled")
+            print_rank_zero("compile    the first batches take a minute or two, in which the step is compiled, once")
             data.augment.compile()
         classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
         files.official = reference_curve(config.width, config.epochs, data.counts)

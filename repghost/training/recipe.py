@@ -13,6 +13,7 @@ from repghost.dataset import DataModule
 from repghost.errors import print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.run import flat, resolve_recipe
+from repghost.schema.check import shown
 from repghost.training.schedule import linear_scale
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
@@ -29,7 +30,7 @@ def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> li
     resolve_recipe(paper)
     mine, theirs = ({key: c[key] for key in _SET_BY_RECIPES} | flat(c.recipe, "recipe.") for c in (config, paper))
     found = [
-        f"{key} {mine.get(key)} instead of {theirs.get(key)}"
+        f"{key} {shown(mine.get(key))} instead of {shown(theirs.get(key))}"
         for key in (*_SET_BY_RECIPES, *sorted((mine.keys() | theirs.keys()) - {*_SET_BY_RECIPES, "recipe.name"}))
         if mine.get(key) != theirs.get(key)
     ]
