@@ -19,7 +19,7 @@ def lost_ranks(error: RuntimeError) -> str | None:
 
     After a timeout this takes some seconds.
     """
-    if found := re.search(r"Connection (?:closed|reset) by peer \[(\S+)\]", str(error)):
+    if found := re.search(r"(?:by peer|Read error|Write error) \[([^\]\s]+)\]", str(error)):
         return f"a rank on {found[1]} has ended; its own last line says why"
     return f"{_silent_ranks()} within trainer.timeout_minutes" if "Timed out waiting" in str(error) else None
 

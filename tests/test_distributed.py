@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import TINY
 
+from repghost.lost_ranks import lost_ranks
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,6 +49,19 @@ def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> 
 
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["train_sums"].shape == (2, 2), "a row for each rank"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:13505: Connection reset by peer. This is typically",
+        "[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:13505. This is typically",
+        "[/gloo/transport/tcp/pair.cc:379] Write error [10.0.0.2]:13505: Broken pipe",
+    ],
+)
+def test_a_rank_that_ended(message: str) -> None:
+    assert lost_ranks(RuntimeError(message)) == "a rank on 10.0.0.2 has ended; its own last line says why"
+    assert lost_ranks(RuntimeError("shape '[2, 3]' is invalid for input of size 4")) is None
 
 
 @pytest.mark.slow
