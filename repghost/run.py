@@ -110,6 +110,7 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
 
     named = {key_of(override) for override in HydraConfig.get().overrides.task}
+    require_writable_results(config.results)
     if config.run is not None:
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:
@@ -126,7 +127,6 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
             OmegaConf.update(config, key, list(value) if isinstance(value, tuple) else value, merge=False)
     OmegaConf.resolve(config)
     require_values(config)
-    require_writable_results(config.results)
     return config
 
 

@@ -278,9 +278,9 @@ def test_flags_may_stand_anywhere() -> None:
 def test_keys_may_have_dashes_as_agents_of_sweeps_write_them() -> None:
     typed = ["--width=1.0", "--recipe.learning_rate=0.1", "--data=digits", "--name=a=b", "--logger.settings.x=1"]
     taken = ["width=1.0", "recipe.learning_rate=0.1", "data=digits", "name='a=b'", "logger.settings.x=1"]
-    assert read_command_line("train", typed) == ([], taken)
-    assert read_command_line("train", ["--multirun", "--width=1.0,0.5"]) == (["--multirun"], ["width=1.0,0.5"])
-    assert read_command_line("evaluate", ["--run=outputs/a"]) == ([], ["run=outputs/a"])  # a flag of Hydra, too
+    assert read_command_line("train", typed) == ([], taken, False)
+    assert read_command_line("train", ["--multirun", "--width=1.0,0.5"]) == (["--multirun"], ["width=1.0,0.5"], True)
+    assert read_command_line("evaluate", ["--run=outputs/a"]) == ([], ["run=outputs/a"], False)  # a flag of Hydra, too
     for wrong in ("--widht=1.0", "--recipe.learning_rat=0.1", "--width", "--=1"):
         with pytest.raises(UserError, match=f"{wrong}|--width"):
             read_command_line("train", [wrong])
