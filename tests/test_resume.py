@@ -190,12 +190,12 @@ def process(tmp_path: Path, shards: Path) -> Iterator[StartTrain]:
 
 
 def test_a_run_that_was_killed(train_tiny: Program, process: StartTrain, tmp_path: Path) -> None:
-    assert train_tiny("name=whole") == 0
+    assert train_tiny("name=whole", "epochs=6") == 0
     last = tmp_path / "outputs" / "killed" / "checkpoints" / "last.ckpt"
-    killed = process("name=killed", "checkpoint.minutes=1e-6")
+    killed = process("name=killed", "epochs=6", "checkpoint.minutes=1e-6")
     killed.until(lambda: last.exists() and stopped_at(last.parents[1]) >= (0, 24))
     killed.signal(signal.SIGKILL)
     assert killed.ends() == -signal.SIGKILL
-    resumed = process("name=killed", "checkpoint.minutes=1e-6")
+    resumed = process("name=killed", "epochs=6", "checkpoint.minutes=1e-6")
     assert resumed.ends() == 0 and "resumed" in resumed.said
     assert differences(tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed") == []

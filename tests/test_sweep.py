@@ -55,6 +55,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_ranks_with_a_job_that_fails(shards: Path, tmp_path: Path) -> None:
     # A job starts its own ranks, and the first one fails; its name has the values as they were given.
     arguments = ("trainer.devices=2", "epochs=1", "recipe.learning_rate=2e-1", "logger=wandb", "logger.offline=true")

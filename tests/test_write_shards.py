@@ -760,7 +760,7 @@ def test_parquet_whose_metadata_has_no_class_names(tmp_path, metadata):
     assert list_parquet(tmp_path).classes == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize()
+@pytest.mark.parametrize("names", [["cat", "cat", "owl"], ["cat", 1, "owl"], "cat", {"0": "cat"}, None])
 def test_parquet_whose_class_names_are_none(tmp_path, capsys, names):
     for split, start in (("train", 0), ("val", 20)):
         metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
