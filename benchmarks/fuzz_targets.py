@@ -3,6 +3,7 @@
 Each returns None where the input was taken, or the line that refuses it; whatever else it raises is a failure.
 """
 
+import copy
 import io
 import json
 import random
@@ -98,19 +99,19 @@ def changed_json(draw: random.Random, content: Any) -> Any:
                 places += [(value, key) for key in keys]
                 found += [value[key] for key in keys]
         if not places:
-            return draw.choice(VALUES)
+            return copy.deepcopy(draw.choice(VALUES))
         parent, key = draw.choice(places)
         match draw.randrange(4):
             case 0:
                 del parent[key]
             case 1 if isinstance(parent, list):
-                parent.append(parent[key])
+                parent.append(copy.deepcopy(parent[key]))
             case 2 if isinstance(parent, dict):
                 parent[str(draw.choice(VALUES))] = parent.pop(key)
             case _:
                 other, other_key = draw.choice(places)
                 copied = other[other_key] if isinstance(other, list) and other_key in range(len(other)) else None
-                parent[key] = draw.choice([*VALUES, copied])
+                parent[key] = copy.deepcopy(draw.choice([*VALUES, copied]))  # no place is in another twice
     return content
 
 
