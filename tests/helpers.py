@@ -1,8 +1,11 @@
-"""What several tests share: BatchNorms that are not fresh, photographs, and whether there is a compiler."""
+"""What several tests share: BatchNorms that are not fresh, photographs, a time limit, whether there is a compiler."""
 
 import os
 import shutil
+import signal
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -78,3 +81,19 @@ def photographs(count: int, size: int) -> Tensor:
         crop = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
         crops.append(F.interpolate(crop.float(), size=(size, size), mode="bilinear", antialias=True))
     return (torch.cat(crops) / 255 - 0.45) / 0.225
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in what is still running after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import time_limit
 from images import encoded, make_images, patch
 from PIL import Image
 
@@ -47,15 +48,9 @@ Damage = Callable[[Path], object]
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"still running after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+def limited() -> Iterator[None]:
+    with time_limit(SECONDS):
+        yield
 
 
 @pytest.fixture

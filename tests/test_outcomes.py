@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import train_in
+from helpers import time_limit
 from images import encoded, make_class_folders, make_images, patch
 from outcomes import REFUSED, WORKS
 from safetensors.torch import save_file
@@ -117,15 +117,9 @@ def _tar(path: Path, prefix: str, labels: list[int]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"still running after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+def limited() -> Iterator[None]:
+    with time_limit(SECONDS):
+        yield
 
 
 class Outcome(NamedTuple):

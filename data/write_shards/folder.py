@@ -18,10 +18,10 @@ from data.shards import split_folders
 from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
 from repghost.files import read_file
-from repghost.images import EXTENSIONS, FILE_BYTES, is_image, walk_files
+from repghost.images import EXTENSIONS, FILE_BYTES, LEFT_OUT, is_image, walk_files
 
 # What a NAS, macOS, a file system or Windows makes; hidden folders are left out, too.
-_NO_CLASSES = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information")
+_NO_CLASSES = (*LEFT_OUT, "lost+found", "$recycle.bin", "system volume information")
 
 _SPLIT_STREAM = 3  # Philox counter's highest word, as in data.write_shards.write
 
