@@ -293,9 +293,12 @@ def test_wandb_asks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A training must not wait at a terminal until somebody says who logs in."""
+    import wandb
+
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # it keeps the settings of the first run in this process: an offline one asks nothing
     terminal, screen = pty.openpty()
     with os.fdopen(screen, "r") as stdin, os.fdopen(os.dup(screen), "w") as stderr:
         monkeypatch.setattr(sys, "stdin", stdin)
