@@ -27,7 +27,7 @@ def run(config: DictConfig) -> None:
     """Evaluates what `config` names, as one of its ranks."""
     from hydra.utils import instantiate
 
-    from repghost.evaluation import evaluate, record, subject_of
+    from repghost.evaluation.evaluate import evaluate, record, subject_of
     from repghost.export.runtimes import is_exported, open_exported
     from repghost.files import require_writable
     from repghost.training.loggers import SpeedBar

@@ -51,7 +51,7 @@ def train(config: DictConfig) -> None:
 
     from repghost.description import describe_run
     from repghost.errors import print_rank_zero
-    from repghost.evaluation import evaluate_run
+    from repghost.evaluation.evaluate import evaluate_run
     from repghost.reference import reference_curve
     from repghost.run import record_run
     from repghost.run_name import folder_of

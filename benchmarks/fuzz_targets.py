@@ -26,11 +26,12 @@ from data.reader import BadImage, ShardReader
 from data.shards import verify
 from data.write_shards.__main__ import _parser as write_shards_parser
 from data.write_shards.write import write_folder
-from repghost import predict, reparameterize, repghostnet
+from repghost import reparameterize, repghostnet
 from repghost.command_line import compose_config, read_command_line
 from repghost.errors import printable, user_message
 from repghost.export.options import read_options
 from repghost.options import parse
+from repghost.predict import __main__ as predict
 from repghost.schema.check import keys
 from repghost.weights import load_model, save_weights
 

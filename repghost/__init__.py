@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from repghost.model import WIDTHS, RepGhostNet
-    from repghost.prediction import classify
+    from repghost.predict.predictor import classify
     from repghost.reparameterization import reparameterize
     from repghost.weights import load_weights, read_description, repghostnet
 
 __all__ = ["WIDTHS", "RepGhostNet", "classify", "load_weights", "read_description", "reparameterize", "repghostnet"]
 
 _MODULES = {
-    "WIDTHS": "model", "RepGhostNet": "model", "classify": "prediction", "reparameterize": "reparameterization",
+    "WIDTHS": "model", "RepGhostNet": "model", "classify": "predict.predictor", "reparameterize": "reparameterization",
 }  # fmt: skip
 
 

@@ -11,12 +11,13 @@ import torch
 from images import patch
 from test_predict import make_run, predict_one
 
-from repghost import predict, repghostnet
+from repghost import repghostnet
 from repghost.description import Description, describe_run
 from repghost.errors import UserError
 from repghost.export import __main__ as export
 from repghost.export.runtimes import open_file
-from repghost.prediction import classify
+from repghost.predict import __main__ as predict
+from repghost.predict.predictor import classify
 from repghost.reference import synsets
 from repghost.weights import load_model, read_description, read_weights, save_weights
 

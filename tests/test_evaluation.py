@@ -22,10 +22,10 @@ from webdataset import TarWriter
 from data.write_shards.write import write_folder
 from repghost import pictures, repghostnet
 from repghost.errors import UserError
-from repghost.outcome import interval
-from repghost.pictures import draw_confusion, draw_images
+from repghost.evaluation.outcome import interval
+from repghost.evaluation.pictures import draw_confusion, draw_images
+from repghost.evaluation.test_sets import class_columns
 from repghost.reference import published_accuracy, synsets
-from repghost.test_sets import class_columns
 from repghost.weights import save_weights
 
 Program = Callable[..., int]

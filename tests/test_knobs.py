@@ -150,7 +150,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         if arguments not in done:
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr("repghost.evaluation.evaluate_run", lambda *_: None)
+                patched.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
                 train_in(folder, f"data.root={shards}", "name=x", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
@@ -186,7 +186,7 @@ def build(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
         built.append((trainer, classifier, datamodule))
 
     monkeypatch.setattr(pl.Trainer, "fit", fit)
-    monkeypatch.setattr("repghost.evaluation.evaluate_run", lambda *_: None)
+    monkeypatch.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
     threads = torch.get_num_threads()
 
     def program(*arguments: str) -> Built:

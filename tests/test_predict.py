@@ -23,12 +23,14 @@ from timm.data import ImageNetInfo
 from data.crops import CenterCrops
 from data.reader import resize
 from data.sampling import RankSampler
-from repghost import predict, predicted, repghostnet
+from repghost import repghostnet
 from repghost.errors import UserError, run_command
 from repghost.images import Preprocessing, image_files, read_image
 from repghost.networks import open_network
 from repghost.options import parse
-from repghost.prediction import Prediction, Predictor
+from repghost.predict import __main__ as predict
+from repghost.predict import output
+from repghost.predict.predictor import Prediction, Predictor
 from repghost.reference import class_words, synsets
 from repghost.run import class_names_of
 from repghost.run_data import write_class_names
@@ -117,7 +119,7 @@ def test_progress_is_lines_where_there_is_no_terminal(
 ) -> None:
     files = [str(photos / name) for name in ("a.jpg", "broken.jpg", "sub/a.jpg")]
     for seconds, expected in ((0, ["1 of 3 images", "3 of 3 images"]), (1e9, [])):
-        monkeypatch.setattr(predicted, "SECONDS_BETWEEN_LINES", seconds)
+        monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", seconds)
         predict.run([*files, f"weights={weights}", "width=0.1", "batch_size=1", f"out={tmp_path / 'table.txt'}"])
         said = capsys.readouterr().err.splitlines()
         assert [line for line in said if " of " in line] == expected

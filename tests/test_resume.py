@@ -13,7 +13,7 @@ from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from repghost import outcome
-from repghost.evaluation import Evaluation
+from repghost.evaluation.evaluate import Evaluation
 from repghost.training import checkpoint
 from repghost.training.checkpoint import Checkpoints
 from repghost.training.classifier import ImageClassifier

@@ -14,11 +14,11 @@ from webdataset import TarWriter
 
 from data.write_shards.write import write_folder
 from repghost.errors import UserError
+from repghost.evaluation.test_sets import class_columns, match_classes
 from repghost.files import read_class_names
 from repghost.reference import class_words, synsets
 from repghost.run import is_finished
 from repghost.run_data import recorded_data, write_class_names
-from repghost.test_sets import class_columns, match_classes
 from repghost.text import as_cell, from_cell, one_line
 
 Program = Callable[..., int]

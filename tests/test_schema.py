@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from data.rand_augment import MAX_OPERATIONS
 from repghost.command_line import CONF, compose_config, read_command_line, read_override
 from repghost.errors import UserError
+from repghost.evaluation.reports import REPORTS
 from repghost.reference import PUBLISHED
-from repghost.reports import REPORTS
 from repghost.run import SELECTIONS, flat
 from repghost.schema.check import PROGRAMS, check_values, keys
 from repghost.schema.help import help_text

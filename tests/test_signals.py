@@ -14,7 +14,7 @@ from runs import Process, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
 from data.index import load_index
-from repghost.evaluation import Evaluation
+from repghost.evaluation.evaluate import Evaluation
 from repghost.model import repghostnet
 from repghost.training.signals import SIGNALS, StopSignals
 from repghost.weights import save_weights

@@ -56,12 +56,12 @@ def write_reports(names: Sequence[str], predictions: Predictions, data: "DataMod
     if "predictions" in names:
         write_text(folder / "predictions.csv", rows_as_csv(list(_prediction_rows(predictions, index.keys()))))
     if "confusion" in names:
-        from repghost.pictures import draw_confusion  # matplotlib is slow to import
+        from repghost.evaluation.pictures import draw_confusion  # matplotlib is slow to import
 
         with atomic_write(folder / "confusion.png") as file:
             draw_confusion(_confusion_counts(predictions, len(index.classes)), index.classes, file)
     if "worst" in names:
-        from repghost.pictures import draw_images
+        from repghost.evaluation.pictures import draw_images
 
         worst = _worst(predictions)
         images = data.images("val", predictions.positions[worst].tolist()) if len(worst) else ()

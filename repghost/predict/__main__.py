@@ -53,8 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     from repghost.images import image_files
     from repghost.machine import limit_threads
     from repghost.networks import open_network
-    from repghost.predicted import picture_names, write_predictions
-    from repghost.prediction import Predictor
+    from repghost.predict.output import picture_names, write_predictions
+    from repghost.predict.predictor import Predictor
 
     limit_threads()
     picture_name = picture_names(out, paths) if pictures and out else None

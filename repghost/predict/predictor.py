@@ -1,6 +1,6 @@
 """What images show, by a network: `classify` for a few lines of Python, `Predictor` for many images.
 
-    from repghost.prediction import classify
+    from repghost.predict.predictor import classify
 
     for prediction in classify(["cat.jpg", array, image], weights="outputs/NAME"):
         print(prediction.file, prediction.top[0])

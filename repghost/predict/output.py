@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from repghost.errors import UserError, printable
 from repghost.images import EXTENSIONS, is_url
-from repghost.prediction import Prediction
+from repghost.predict.predictor import Prediction
 from repghost.text import as_cell
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is no terminal

@@ -18,15 +18,23 @@ from torch import Tensor, nn
 from repghost.dataset import Batch, DataModule
 from repghost.description import describe_run
 from repghost.errors import UserError, print_rank_zero
+from repghost.evaluation.outcome import (
+    append_row,
+    changes,
+    interval,
+    is_recorded,
+    reports_folder,
+    table,
+    write_evaluation,
+)
+from repghost.evaluation.reports import PICTURES, Predictions, report_names, write_reports
+from repghost.evaluation.test_sets import LabelMap, label_map
 from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
-from repghost.outcome import append_row, changes, interval, is_recorded, reports_folder, table, write_evaluation
 from repghost.reference import published_accuracy, synsets
 from repghost.reparameterization import reparameterize
-from repghost.reports import PICTURES, Predictions, report_names, write_reports
 from repghost.run import SELECTIONS, load_run
 from repghost.run_data import recorded_data
-from repghost.test_sets import LabelMap, label_map
 from repghost.training.loggers import GuardedLogger
 from repghost.weights import load_model, read_description, save_weights
 
@@ -158,9 +166,9 @@ def evaluate(
     """Evaluates a network on the validation images of `data` with the devices of `trainer`.
 
     config: of train.py or evaluate.py; the latter's test_set and real_labels say what counts as right. autocast:
-    compute in the trainer's precision instead of float32. reports: which of `repghost.reports` are written, beside
-    those of the config. Returns the content of evaluation.json. Raises UserError when network and data do not fit, or
-    when not every image was counted exactly once.
+    compute in the trainer's precision instead of float32. reports: which of `repghost.evaluation.reports` are written,
+    beside those of the config. Returns the content of evaluation.json. Raises UserError when network and data do not
+    fit, or when not every image was counted exactly once.
     """
     reports = [*report_names(config.get("report")), *reports]
     index, metadata = data.index("val"), getattr(subject.network, "metadata", {})

@@ -1,0 +1,1 @@
+"""Accuracy of a network and of its fused form: what is counted, what is reported, and where it is written."""
