@@ -20,8 +20,9 @@ from timm.data.real_labels import RealLabelsImagenet
 from webdataset import TarWriter
 
 from data.write_shards.write import write_folder
-from repghost import pictures, repghostnet
+from repghost import repghostnet
 from repghost.errors import UserError
+from repghost.evaluation import pictures
 from repghost.evaluation.outcome import interval
 from repghost.evaluation.pictures import draw_confusion, draw_images
 from repghost.evaluation.test_sets import class_columns

@@ -12,7 +12,7 @@ from conftest import train_in
 from runs import PowerCut, StartTrain, images_trained_on, processes, stopped_at
 
 from benchmarks.kill import differences
-from repghost import outcome
+from repghost.evaluation import outcome
 from repghost.evaluation.evaluate import Evaluation
 from repghost.training import checkpoint
 from repghost.training.checkpoint import Checkpoints

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from repghost.description import KEY, Description, described_beside
 from repghost.errors import UserError, first_sentence
+from repghost.extras import how_to_install
 
 EXPORTED = (".onnx", ".pte")  # endings of the files that can be evaluated and predict
 
@@ -165,7 +166,8 @@ def require(package: str) -> ModuleType:
         with quiet():
             return import_module(package)
     except ImportError as error:
-        raise UserError(f"{error.name or package} is not installed: pip install 'repghost[deploy]'") from None
+        line = how_to_install(error.name or package) or how_to_install(package)
+        raise UserError(line or f"{package} cannot be imported ({first_sentence(error)})") from None
 
 
 @contextmanager
