@@ -211,6 +211,8 @@ TRAIN_WORKS: Rows = {
     "weights={model} freeze_epochs=1": r"starts from",
     "recipe.warmup_epochs=0": r"epoch   1/1",
 }
+# Trainings that differ from the others by a word.
+SLOW = {"name=1", "name=2024-11", "'name=a,b'", "'name=run-${width}'", "recipe.warmup_epochs=0"}
 
 # -- evaluate.py -------------------------------------------------------------------------------------------------------
 

@@ -151,6 +151,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
+                patched.setattr("repghost.training.loggers.draw_curve", lambda *_: None)
                 train_in(folder, f"data.root={shards}", "name=x", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
@@ -207,7 +208,7 @@ def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built]) -> N
 
 def test_files_are_where_keys_say(train_tiny: Program) -> None:
     options = [option for option, _ in FILES.values()]
-    assert train_tiny("data=digits", "epochs=1", "batch_size=64", *options) == 0
+    assert train_tiny("data=digits", "epochs=1", "batch_size=512", "data.eval_batch_size=512", *options) == 0
     assert [file for _, file in FILES.values() if not list(Path().glob(file))] == []
 
 

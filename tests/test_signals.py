@@ -121,6 +121,7 @@ def trained(running: Process, epoch: int) -> Process:
     return running
 
 
+@pytest.mark.slow
 def test_two_ranks(process: StartTrain, tmp_path: Path, train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run that is stopped, loses rank 1, and is finished, beside one that is left alone."""
     run = tmp_path / "outputs" / "run"
