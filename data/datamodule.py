@@ -218,7 +218,7 @@ class ImageNetTraining(ImageNetData):
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
+        """The same with its images augmented, in training; on a GPU perhaps bfloat16, see `Augment.match_step`."""
         if not self._trainer.training:
             return super().on_after_batch_transfer(batch, dataloader_idx)
         seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
