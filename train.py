@@ -82,6 +82,7 @@ def train(config: DictConfig) -> None:
         model = instantiate(config.model, num_classes=data.num_classes)
         if config.weights:
             start_from(model, config.weights)
+        data.augment.match_step(trainer.strategy.root_device, trainer.precision, config.channels_last)
         if compiles(config.compile, trainer.strategy.root_device):
             keep_compiled(Path(config.data.cache) / "compiled")
             print_rank_zero("compile    the first batches take a minute or two, in which the step is compiled, once")

@@ -1,9 +1,9 @@
 """From decoded, cropped images to the network: flip, colour, RandAugment, normalize, erase, on batches.
 
 One implementation for both loaders, on the training device. Every decision comes from the uniforms of `data.sampling`;
-only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one treats all
-samples alike and never waits for the device (GPUs, torch.compile), one takes them one by one, which a CPU's cache
-holds, and does for each only what was drawn for it.
+only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one takes the whole
+batch and never waits for the device (GPUs, torch.compile), where the host has chosen the rows for each operation of
+RandAugment; the other takes the samples one by one, which a CPU's cache holds.
 Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
 Check: `pytest tests/test_augment.py`.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from data import sampling
 from data.pil_ops import black, blend, channels, grey, mean_grey
-from data.rand_augment import RandAugment
+from data.rand_augment import FAMILIES, RandAugment
+from data.row_plan import RowPlan, enough, every_row
 from repghost.errors import UserError, run_command
 
 Colour = tuple[Tensor, Tensor]  # factors and order of `jitter`
@@ -117,46 +118,69 @@ class Augment(Normalize):
         self.jitter = _options(Jitter, "jitter", jitter)
         self.rand_augment = _options(RandAugment, "rand_augment", rand_augment)
         self.erase = _options(Erase, "erase", erase)
+        self._output: dict[str, Any] = {"dtype": torch.float32}
+
+    def match_step(self, device: torch.device, precision: str, channels_last: bool) -> None:
+        """Makes `train` return images as the network's first convolution reads them, which saves the step a copy.
+
+        device: of the training; precision: Lightning's name of it; channels_last: whether the network's weights are.
+        On a GPU with bf16-mixed, images become bfloat16 in channels_last. That is exact: nothing but that convolution
+        reads the images, and autocast would round them to bfloat16 for it in the same way. All other trainings get
+        float32, and so does evaluation, which runs without autocast.
+        """
+        if device.type == "cuda" and precision == "bf16-mixed" and channels_last:
+            self._output = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+
+    def plan(self, uniforms: Tensor) -> RowPlan:
+        """The rows for each operation of RandAugment in `train`; uniforms: float32 [N, NUM_UNIFORMS] on a CPU."""
+        if self.rand_augment is None:
+            return every_row(0, len(uniforms), uniforms.device)
+        return self.rand_augment.plan(uniforms)
 
     def train(
         self,
         images: Tensor,
         uniforms: Tensor,
         generator: torch.Generator | None = None,
-        grouped: bool | None = None,
+        plan: RowPlan | None = None,
     ) -> Tensor:
-        """Augment and normalize.
+        """Augment and normalize: float32 [N, 3, H, W], or what `match_step` asks for.
 
         images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; generator: of the erasing
-        noise, torch's global one if None; grouped: one by one or all alike, chosen by the device if None. The two paths
-        differ in nothing but the erasing noise.
+        noise, torch's global one if None; plan: what `plan` returned for these uniforms. Without one, a CPU takes the
+        samples one by one and a GPU computes everything for all rows. The results differ in nothing but the noise.
         """
-        if grouped is None:
-            grouped = images.device.type == "cpu" and not torch.compiler.is_compiling()
-        if grouped:
-            return self._train_one_by_one(images, uniforms, generator)
+        if plan is None:
+            if images.device.type == "cpu" and not torch.compiler.is_compiling():
+                return self._train_one_by_one(images, uniforms, generator)
+            lists = 0 if self.rand_augment is None else self.rand_augment.operations * len(FAMILIES)
+            plan = every_row(lists, len(images), images.device)
+        plan = plan._replace(order=plan.order.to(images.device, non_blocking=True))
         noise = None
         if self.erase is not None:  # drawn out here: torch.compile takes no generator
-            noise = torch.randn(images.shape, generator=generator, device=images.device)
-        return self._train_mixed(images, uniforms, noise)
+            shape = enough(len(images), self.erase.probability), *images.shape[1:]
+            noise = torch.randn(shape, generator=generator, device=images.device)
+        return self._train_batch(images, uniforms, plan, noise)
 
     def compile(self) -> None:
-        """Compiles the path that treats all samples alike; batches of another shape are compiled anew."""
-        self._train_mixed = torch.compile(  # type: ignore[method-assign]
-            self._train_mixed, fullgraph=True, dynamic=False, options=_AS_EAGER
+        """Compiles the path that takes the whole batch; batches of another shape are compiled anew."""
+        self._train_batch = torch.compile(  # type: ignore[method-assign]
+            self._train_batch, fullgraph=True, dynamic=False, options=_AS_EAGER
         )
 
-    def _train_mixed(self, images: Tensor, uniforms: Tensor, noise: Tensor | None) -> Tensor:
+    def _train_batch(self, images: Tensor, uniforms: Tensor, plan: RowPlan, noise: Tensor | None) -> Tensor:
         colour, boxes = self._draw(images, uniforms)
-        pixels = self._pixels(images, uniforms, colour, grouped=False)
-        return pixels if boxes is None or noise is None else erase(pixels, boxes, noise)
+        pixels = self._pixels(images, uniforms, colour, plan.rows())
+        if boxes is not None and noise is not None:
+            pixels = erase(pixels, boxes, noise)
+        return pixels.to(**self._output)
 
     def _train_one_by_one(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
         colour, boxes = self._draw(images, uniforms)  # once: drawing for every sample would cost more
         result = torch.empty_like(images, dtype=torch.float32)
         for sample in map(slice, range(len(images)), range(1, len(images) + 1)):  # one fits a core's cache
             part = colour and (colour[0][sample], colour[1][sample])
-            self._pixels(images[sample], uniforms[sample], part, grouped=True, out=result[sample])
+            self._pixels(images[sample], uniforms[sample], part, None, out=result[sample])
             if boxes is not None:
                 erase_in_place(result[sample], boxes[sample], generator)
         return result
@@ -167,12 +191,18 @@ class Augment(Normalize):
         return None if self.jitter is None else self.jitter.draw(uniforms), boxes
 
     def _pixels(
-        self, images: Tensor, uniforms: Tensor, colour: Colour | None, grouped: bool, out: Tensor | None = None
+        self,
+        images: Tensor,
+        uniforms: Tensor,
+        colour: Colour | None,
+        rows: Sequence[Tensor] | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """All but the erasing, into `out`."""
+        """All but the erasing, into `out`; rows: of a plan, or None if the values may be read on the host."""
+        grouped = rows is None
         pixels = flip(images, uniforms[:, sampling.FLIP] < self.flip, grouped)
         if self.rand_augment is not None:
-            pixels = self.rand_augment(pixels, uniforms, grouped)
+            pixels = self.rand_augment(pixels, uniforms, rows)
         return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped), out)
 
 
@@ -184,13 +214,18 @@ def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | N
 
 
 def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-    """float32 [N, 3, H, W] with what `noise`, of the same shape, has in the box of every sample, int64 [N, 4]."""
+    """float32 [N, 3, H, W] with noise in the box of every sample, int64 [N, 4].
+
+    noise: float32 [M, 3, H, W], an entry for each sample with a box, in turn. If there are more of them than M, which
+    `enough` makes all but impossible, they start again from the first.
+    """
     height, width = pixels.shape[2:]
+    entry = ((boxes[:, 2] > 0).cumsum(0) - 1) % len(noise)
     top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
     y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
     x = torch.arange(width, device=pixels.device)
     inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-    return torch.where(inside, noise, pixels)
+    return torch.where(inside, noise[entry], pixels)
 
 
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:

@@ -20,6 +20,7 @@ from data.folders import holds_images, shards_of_images
 from data.index import Index, load_indexes
 from data.reader import LoaderOptions, allow_open_files
 from data.remote import download_shards, is_remote
+from data.row_plan import RowPlan
 from data.sampling import RankSampler, epoch_order
 from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
@@ -165,6 +166,7 @@ class ImageNetTraining(ImageNetData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._batch = 0  # number in its epoch of the batch that is on its way to the device
+        self._plan: RowPlan | None = None  # of its augmentation
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -208,18 +210,20 @@ class ImageNetTraining(ImageNetData):
         return epoch, step * self._trainer.accumulate_grad_batches
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Notes which batch of the epoch it is; on the device its positions could not be read without waiting."""
+        """Notes which batch it is and what it draws; on the device that could not be read without waiting."""
         if self._trainer.training:
             self._batch = int(batch.positions[0]) // (self.batch_size // self._trainer.accumulate_grad_batches)
+            on_gpu = self._trainer.strategy.root_device.type == "cuda"
+            self._plan = self.augment.plan(batch.uniforms) if on_gpu else None
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
+        """The same with its images augmented, in training; on a GPU perhaps bfloat16, see `Augment.match_step`."""
         if not self._trainer.training:
             return super().on_after_batch_transfer(batch, dataloader_idx)
         seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
-        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise))
+        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise, self._plan))
 
     # -- for data.show ---------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 The 15 operations are three families, and every operation outside a family is that family's identity: a table
 of 256 entries per channel (AutoContrast, Equalize, Invert, Posterize, Solarize, SolarizeAdd), a blend with a
 degenerate image (Color, Contrast, Brightness, Sharpness), an affine map (Rotate, ShearX/Y, TranslateX/YRel).
-So a batch with any mixture of operations is one table look-up, one blend and one resampling with parameters for each
-sample, without a decision on the host: the path for GPUs and for torch.compile. On a CPU the samples are grouped by
-operation instead, so that only the drawn operations cost anything; both paths give the same bits.
+So rows with any mixture of operations take one table look-up, one blend and one resampling with parameters for each
+row: the path for GPUs and for torch.compile, where the host decides beforehand which rows a family is computed for
+(`data.row_plan`). On a CPU the samples are grouped by operation instead. Both paths give the same bits.
 Claim: tables and blends equal PIL's bit for bit; affine maps are at most 1 off, where rounding decides.
 Check: `pytest tests/test_rand_augment.py`.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data.pil_ops import affine, black, blend, grey, mean_grey, smooth
+from data.row_plan import RowPlan, plan_rows
 from data.sampling import RAND_AUGMENT
 from repghost.errors import UserError
 
@@ -29,6 +30,16 @@ OPERATIONS = (
     AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, COLOR, CONTRAST,
     BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, NONE,
 ) = range(len(OPERATIONS) + 1)  # fmt: skip
+
+# A list of rows is made for each of these. Equalize has its own, as counting pixels costs more than all other tables.
+FAMILIES = (
+    (EQUALIZE,),
+    (AUTO_CONTRAST, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD),
+    (COLOR, CONTRAST, BRIGHTNESS, SHARPNESS),
+    (ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y),
+)
+_BLENDS, _AFFINE = FAMILIES[2:]
+_FAMILY_OF = [next((i for i, family in enumerate(FAMILIES) if name in family), -1) for name in range(NONE + 1)]
 
 MAX_LEVEL = 10.0
 _COLUMNS = 5  # of one operation: choice, apply, magnitude, sign, interpolation
@@ -54,40 +65,73 @@ class RandAugment:
         if not 0 <= self.operations <= MAX_OPERATIONS:
             raise UserError(f"rand_augment.operations is {self.operations}; choose 0 to {MAX_OPERATIONS}")
 
-    def __call__(self, images: Tensor, uniforms: Tensor, grouped: bool) -> Tensor:
-        """uint8 [N, 3, H, W] -> the same, augmented as float32 [N, NUM_UNIFORMS] says."""
+    def __call__(self, images: Tensor, uniforms: Tensor, rows: Sequence[Tensor] | None) -> Tensor:
+        """uint8 [N, 3, H, W] -> the same, augmented as float32 [N, NUM_UNIFORMS] says.
+
+        rows: of `plan`, a list for each step and family, or None, see `apply`.
+        """
         for step in range(self.operations):
-            images = self.apply(images, *self.draw(uniforms, step), grouped)
+            lists = None if rows is None else rows[step * len(FAMILIES) :][: len(FAMILIES)]
+            images = self.apply(images, *self.draw(uniforms, step), lists)
         return images
+
+    def plan(self, uniforms: Tensor) -> RowPlan:
+        """The rows that draw an operation of each family, in every step; uniforms: float32 [N, NUM_UNIFORMS] on a CPU.
+
+        In pinned memory if the uniforms are, so that the copy to the device does not wait.
+        """
+        columns = uniforms[:, RAND_AUGMENT].double().unflatten(1, (MAX_OPERATIONS, _COLUMNS))[:, : self.operations]
+        family = torch.tensor(_FAMILY_OF)[self._operation(columns[..., 0], columns[..., 1])]  # [N, operations]
+        needed = (family.T.unsqueeze(1) == torch.arange(len(FAMILIES)).unsqueeze(1)).flatten(0, 1)
+        shares = [self.probability * len(family) / len(OPERATIONS) for family in FAMILIES] * self.operations
+        order, counts = plan_rows(needed, shares)
+        return RowPlan(order.pin_memory() if uniforms.is_pinned() else order, counts)
+
+    def _operation(self, choice: Tensor, apply: Tensor) -> Tensor:
+        """int64: what is drawn by two uniforms, as float64."""
+        return torch.where(apply < self.probability, (choice * len(OPERATIONS)).floor().long(), NONE)
 
     def draw(self, uniforms: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The `step`-th operation, level, negative and bicubic of every sample, see `apply`."""
         first = RAND_AUGMENT.start + step * _COLUMNS
         columns = uniforms[:, first : first + _COLUMNS].double()
         choice, apply, magnitude, sign, interpolation = columns.unbind(1)
-        operation = (choice * len(OPERATIONS)).floor().long()
-        operation = torch.where(apply < self.probability, operation, NONE)
         # Uniforms are multiples of 2^-24 from 0 on: the centres of their cells keep it finite and symmetric.
         normal = torch.special.ndtri(magnitude + 2.0**-25)
         level = (self.magnitude + self.magnitude_std * normal).clamp(0.0, MAX_LEVEL)
-        return operation, level, sign < 0.5, interpolation >= 0.5
+        return self._operation(choice, apply), level, sign < 0.5, interpolation >= 0.5
 
     def apply(
-        self, images: Tensor, operation: Tensor, level: Tensor, negative: Tensor, bicubic: Tensor, grouped: bool
+        self,
+        images: Tensor,
+        operation: Tensor,
+        level: Tensor,
+        negative: Tensor,
+        bicubic: Tensor,
+        rows: Sequence[Tensor] | None,
     ) -> Tensor:
         """Applies one operation to every sample.
 
         images: uint8 [N, 3, H, W]; operation: int64 [N], an index into OPERATIONS or NONE; level: float64 [N], 0
         to 10; negative: bool [N], the sign of a rotation, shear or translation; bicubic: bool [N], its
-        interpolation; grouped: by operation, which needs the values on the host, or all samples alike, without a host
-        synchronisation; the bits are the same. Returns uint8 [N, 3, H, W].
+        interpolation; rows: for each of FAMILIES int64 [any], all rows whose operation is of the family and any others,
+        none of them twice, which takes no host synchronisation; None: the samples are grouped by operation, which needs
+        the values on the host. The bits are the same. Returns uint8 [N, 3, H, W].
         """
-        if not grouped:
-            images = look_up(images, tables(images, operation, level))
-            images = enhance(images, operation, level)
-            return affine(images, matrices(operation, level, negative, *images.shape[2:]), bicubic, self.fill)
-
         output = images.clone()
+        if rows is not None:
+            for family, index in zip(FAMILIES, rows, strict=True):
+                chosen, name, strength = output[index], operation[index], level[index]
+                if family == _AFFINE:
+                    matrix = matrices(name, strength, negative[index], *images.shape[2:])
+                    chosen = affine(chosen, matrix, bicubic[index], self.fill)
+                elif family == _BLENDS:
+                    chosen = enhance(chosen, name, strength)
+                else:
+                    chosen = look_up(chosen, tables(chosen, name, strength, family))
+                output.index_copy_(0, index, chosen)
+            return output
+
         keys = 2 * operation + bicubic
         for key in keys.unique().tolist():
             index, name, cubic = (keys == key).nonzero().flatten(), key // 2, key % 2 == 1
@@ -161,11 +205,11 @@ _TABLES: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def tables(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """int64 [N, 3, 256]: the table of every sample's operation, the identity where it has none."""
+def tables(images: Tensor, operation: Tensor, level: Tensor, family: Sequence[int]) -> Tensor:
+    """int64 [N, 3, 256]: the table of every sample's operation, the identity where that is not one of `family`."""
     selected = _values(images).expand(len(images), 3, 256)
-    for name, table in _TABLES.items():
-        selected = torch.where((operation == name).view(-1, 1, 1), table(images, level), selected)
+    for name in family:
+        selected = torch.where((operation == name).view(-1, 1, 1), _TABLES[name](images, level), selected)
     return selected
 
 

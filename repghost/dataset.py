@@ -13,7 +13,7 @@ from torch import Tensor
 class Batch(NamedTuple):
     """N rows. A row without an image (the end of validation, a skipped image) has label -1 and counts nowhere."""
 
-    images: Tensor  # uint8 [N, 3, H, W] from a loader, normalized float32 [N, 3, H, W] on the training device
+    images: Tensor  # [N, 3, H, W], uint8 from a loader, normalized float32 (bfloat16 if autocast is) on the device
     labels: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]: index in the epoch; in validation, the row of the index
     uniforms: Tensor  # float32 [N, K]: the random draws of each row

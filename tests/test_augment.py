@@ -3,6 +3,7 @@
 import math
 import random
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -18,7 +19,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data.augment import BRIGHTNESS, CONTRAST, ORDERS, SATURATION, Augment, Erase, flip, jitter
+from data.augment import BRIGHTNESS, CONTRAST, ORDERS, SATURATION, Augment, Erase, erase, flip, jitter
+from data.datamodule import ImageNetTraining
+from data.row_plan import RowPlan
 from data.sampling import (
     ERASE,
     ERASE_LEFT,
@@ -30,7 +33,9 @@ from data.sampling import (
     NUM_UNIFORMS,
     uniforms,
 )
+from repghost.dataset import Batch
 from repghost.errors import UserError
+from repghost.model import repghostnet
 
 JITTER_04 = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
 RAND_AUGMENT = {
@@ -124,7 +129,8 @@ def test_flip() -> None:
     expected[[0, 1, 4]] = images[[0, 1, 4]].flip(3)
     for grouped in (True, False):
         assert torch.equal(flip(images, rows[:, FLIP] < 0.5, grouped), expected)
-        result = augment(flip=0.5).train(images, rows, grouped=grouped)
+    for plan in (None, augment().plan(rows)):
+        result = augment(flip=0.5).train(images, rows, plan=plan)
         assert torch.equal(result, augment().evaluate(expected))
 
 
@@ -175,11 +181,11 @@ def test_erased_part_resembles_timm() -> None:
     assert abs(area[area > 0].mean() - area_theirs[area_theirs > 0].mean()) < 0.02
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-def test_erased_pixels_are_normal_noise_and_the_rest_is_untouched(grouped: bool) -> None:
+@pytest.mark.parametrize("planned", [False, True])
+def test_erased_pixels_are_normal_noise_and_the_rest_is_untouched(planned: bool) -> None:
     images, rows = crops().repeat(8, 1, 1, 1), draws(48)
     before, augmenter = augment().evaluate(images), augment(erase=ERASING | {"probability": 0.9})
-    after = augmenter.train(images, rows, generator(1), grouped)
+    after = augmenter.train(images, rows, generator(1), augmenter.plan(rows) if planned else None)
     inside = torch.zeros(48, 1, 144, 176, dtype=torch.bool)
     assert augmenter.erase is not None
     for i, (top, left, h, w) in enumerate(augmenter.erase.boxes(rows, 144, 176).tolist()):
@@ -192,16 +198,28 @@ def test_erased_pixels_are_normal_noise_and_the_rest_is_untouched(grouped: bool)
     assert len(noise.unique()) > 0.9 * len(noise), "every pixel has its own noise"
 
 
+def test_noise_for_fewer_samples_than_are_erased() -> None:
+    """Each sample with a box takes the next entry of the noise; the others take none."""
+    boxes = torch.tensor([[0, 0, 0, 0], [1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 8, 9], [2, 2, 1, 1], [0, 0, 2, 2]])
+    noise = torch.randn(3, 3, 9, 9, generator=generator(0))
+    result, expected = erase(torch.zeros(6, 3, 9, 9), boxes, noise), torch.zeros(6, 3, 9, 9)
+    for i, entry in ((1, 0), (3, 1), (4, 2), (5, 0)):
+        top, left, h, w = boxes[i].tolist()
+        expected[i, :, top : top + h, left : left + w] = noise[entry, :, top : top + h, left : left + w]
+    assert torch.equal(result, expected)
+    assert torch.equal(erase(result, torch.zeros_like(boxes), noise[:1]), result)
+
+
 def test_noise_comes_from_the_generator() -> None:
     images, rows = crops(), draws(6)
     augmenter = augment(erase=ERASING | {"probability": 1.0})
-    for grouped in (True, False):
-        first, again, other = (augmenter.train(images, rows, generator(s), grouped) for s in (1, 1, 2))
+    for plan in (None, augmenter.plan(rows)):
+        first, again, other = (augmenter.train(images, rows, generator(s), plan) for s in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
         torch.manual_seed(5)
-        first = augmenter.train(images, rows, grouped=grouped)
+        first = augmenter.train(images, rows, plan=plan)
         torch.manual_seed(5)
-        assert torch.equal(first, augmenter.train(images, rows, grouped=grouped)), "else torch's global one"
+        assert torch.equal(first, augmenter.train(images, rows, plan=plan)), "else torch's global one"
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -210,21 +228,85 @@ def test_both_paths_give_the_same_bits(colour: dict[str, Any], channels_last: bo
     images = crops().repeat(8, 1, 1, 1)[:, :, :48, :64]
     images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     augmenter = augment(flip=0.5, **colour)
-    grouped = augmenter.train(images, draws(48), grouped=True)
-    assert torch.equal(grouped, augmenter.train(images, draws(48), grouped=False))
-    assert torch.equal(grouped, augmenter.train(images, draws(48))), "the default on a CPU is one of the two"
-    assert grouped.dtype == torch.float32
-    assert grouped.is_contiguous(memory_format=torch.channels_last) == channels_last
+    one_by_one = augmenter.train(images, draws(48))
+    planned = augmenter.train(images, draws(48), plan=augmenter.plan(draws(48)))
+    assert torch.equal(one_by_one, planned)
+    for result in (one_by_one, planned):
+        assert result.dtype == torch.float32
+        assert result.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("colour", [{"jitter": JITTER_04}, {"rand_augment": RAND_AUGMENT}], ids=["jitter", "rand"])
-def test_no_host_synchronisation_on_a_gpu(colour: dict[str, Any]) -> None:
-    """Fake tensors of a GPU have shapes but no values: reading one, or a shape that hangs on one, raises."""
-    with FakeTensorMode():
-        images = torch.empty(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
-        rows = torch.empty(4, NUM_UNIFORMS, device="cuda")
-        result = augment(flip=0.5, erase=ERASING, **colour).train(images, rows)
-        assert result.shape == images.shape and result.device.type == "cuda" and result.dtype == torch.float32
+def test_no_host_synchronisation_on_a_gpu(colour: dict[str, Any], planned: bool, precision: str) -> None:
+    """Fake tensors of a GPU have shapes but no values: reading one, or a shape that depends on one, raises."""
+    augmenter = augment(flip=0.5, erase=ERASING, **colour)
+    augmenter.match_step(torch.device("cuda"), precision, channels_last=True)
+    plan = augmenter.plan(draws(64))
+    with FakeTensorMode() as mode:
+        images = torch.empty(64, 3, 32, 48, dtype=torch.uint8, device="cuda")
+        rows = torch.empty(64, NUM_UNIFORMS, device="cuda")
+        plan = RowPlan(mode.from_tensor(plan.order), plan.counts)
+        result = augmenter.train(images, rows, plan=plan if planned else None)
+        assert result.shape == images.shape and result.device.type == "cuda"
+        assert result.dtype == (torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "channels_last"),
+    [("cpu", "bf16-mixed", True), ("cuda", "16-mixed", True), ("cuda", "32-true", True), ("cuda", "bf16-mixed", False)],
+)
+def test_images_stay_float32_without_bf16_on_a_gpu(device: str, precision: str, channels_last: bool) -> None:
+    images, rows, augmenter = crops(), draws(6), augment(**FULL)
+    before = augmenter.train(images, rows, generator(0), augmenter.plan(rows))
+    augmenter.match_step(torch.device(device), precision, channels_last)
+    after = augmenter.train(images, rows, generator(0), augmenter.plan(rows))
+    assert torch.equal(before, after) and before.dtype == after.dtype and before.stride() == after.stride()
+
+
+def test_bf16_in_channels_last_is_what_autocast_makes_of_the_images() -> None:
+    """The same logits, and the same gradients, bit for bit; a validation's images stay what they are."""
+    images, rows = crops()[:, :, :64, :64].repeat(2, 1, 1, 1), draws(12)
+    model = repghostnet(0.5, 10).to(memory_format=torch.channels_last)
+    augmenter, gpu = augment(**FULL), torch.device("cuda")
+    results = []
+    for match in (False, True):
+        if match:
+            augmenter.match_step(gpu, "bf16-mixed", channels_last=True)
+        batch = augmenter.train(images, rows, generator(0), augmenter.plan(rows))
+        assert batch.dtype == (torch.bfloat16 if match else torch.float32)
+        assert batch.is_contiguous(memory_format=torch.channels_last) == match
+        torch.manual_seed(0)  # of dropout
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch)
+        model.zero_grad()
+        logits.float().square().mean().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(map(torch.equal, *results)) and len(results[0]) > 100
+    assert augmenter.evaluate(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_data_module_plans_for_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    augmenter = augment(flip=0.5, rand_augment=RAND_AUGMENT)
+    values = dict.fromkeys(ImageNetTraining.__dataclass_fields__) | {"root": ".", "augment": augmenter}
+    data = ImageNetTraining(**values | {"batch_size": 6, "seed": 0})  # type: ignore[arg-type]
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    state = {"training": True, "accumulate_grad_batches": 1, "current_epoch": 0, "global_rank": 0}
+    data.trainer = SimpleNamespace(strategy=strategy, **state)  # type: ignore[assignment]
+    images, rows = crops(), draws(6)
+    expected = augmenter.train(images, rows)
+    plans: list[RowPlan | None] = []
+
+    def spy(images: Tensor, uniforms: Tensor, generator: torch.Generator, plan: RowPlan | None) -> Tensor:
+        plans.append(plan)
+        return Augment.train(augmenter, images, uniforms, generator, plan)
+
+    monkeypatch.setattr(augmenter, "train", spy)
+    batch = data.on_before_batch_transfer(Batch(images, torch.zeros(6), torch.arange(6), rows), 0)
+    assert torch.equal(data.on_after_batch_transfer(batch, 0).images, expected)
+    assert [plan is not None for plan in plans] == [device == "cuda"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -233,7 +315,7 @@ def test_on_a_gpu_without_synchronisation() -> None:
     images, rows = crops(), draws(6)
     for colour, same in (({"jitter": JITTER_04}, 1.0), ({"rand_augment": RAND_AUGMENT}, 0.99)):
         augmenter = augment(flip=0.5, **colour)
-        arguments = images.cuda(), rows.cuda()
+        arguments = images.cuda(), rows.cuda(), None, augmenter.plan(rows.pin_memory())
         torch.cuda.set_sync_debug_mode("error")
         try:
             result = augmenter.train(*arguments)
@@ -255,6 +337,14 @@ def test_compiles_to_one_graph() -> None:
     images, rows, augmenter = crops()[:, :, :64, :64], draws(6), augment(flip=0.5, jitter=JITTER_04)
     compiled = torch.compile(augmenter.train, fullgraph=True, backend="eager")
     assert torch.equal(compiled(images, rows), augmenter.train(images, rows))
+
+
+def test_an_erasing_that_erases_nothing_or_everything() -> None:
+    images, rows = crops(), draws(6)
+    none, all_of_them = (augment(erase=ERASING | {"probability": p}) for p in (0.0, 1.0))
+    assert torch.equal(none.train(images, rows, plan=none.plan(rows)), augment().evaluate(images))
+    erased = all_of_them.train(images, rows, plan=all_of_them.plan(rows)) != augment().evaluate(images)
+    assert erased.flatten(1).any(dim=1).all()
 
 
 @pytest.mark.parametrize(

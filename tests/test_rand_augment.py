@@ -1,10 +1,13 @@
 """RandAugment against timm's on PIL photographs, the distribution of its draws, its two paths."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
@@ -15,11 +18,14 @@ from torch._subclasses import FakeTensorMode
 from data.pil_ops import affine
 from data.rand_augment import (
     AUTO_CONTRAST,
+    FAMILIES,
+    MAX_OPERATIONS,
     NONE,
     OPERATIONS,
     RandAugment,
     matrices,
 )
+from data.row_plan import RowPlan, enough, every_row
 from data.sampling import NUM_UNIFORMS, RAND_AUGMENT, uniforms
 from repghost.errors import UserError
 
@@ -58,7 +64,7 @@ def timm_operation(name: str, image: Tensor, level: float, negative: bool, bicub
     return torch.from_numpy(np.array(timm_ops.NAME_TO_OP[name](picture, *arguments, **options))).permute(2, 0, 1)
 
 
-def forced(images: Tensor, name: str, level: float, negative: bool, bicubic: bool, grouped: bool) -> Tensor:
+def forced(images: Tensor, name: str, level: float, negative: bool, bicubic: bool) -> Tensor:
     count = len(images)
     return RandAugment(**POLICY).apply(
         images,
@@ -66,13 +72,13 @@ def forced(images: Tensor, name: str, level: float, negative: bool, bicubic: boo
         torch.full((count,), level, dtype=torch.float64),
         torch.full((count,), negative),
         torch.full((count,), bicubic),
-        grouped,
+        None,
     )
 
 
 def difference(name: str, level: float, negative: bool, bicubic: bool) -> Tensor:
     images = crops()
-    ours = forced(images, name, level, negative, bicubic, grouped=True)
+    ours = forced(images, name, level, negative, bicubic)
     theirs = torch.stack([timm_operation(name, image, level, negative, bicubic) for image in images])
     assert not torch.equal(theirs, images) or level != 9.0, "the operation must do something"
     return (ours.int() - theirs.int()).abs().float()
@@ -102,7 +108,7 @@ def test_degenerate_histograms_equal_pil() -> None:
     images[1, :, :20] = 200
     images[2, 0, 0, :30] = torch.arange(30, dtype=torch.uint8)
     for name in ("AutoContrast", "Equalize"):
-        ours = forced(images, name, 9.0, False, False, grouped=True)
+        ours = forced(images, name, 9.0, False, False)
         theirs = [timm_operation(name, image, 9.0, False, False) for image in images]
         assert torch.equal(ours, torch.stack(theirs)), name
 
@@ -110,7 +116,7 @@ def test_degenerate_histograms_equal_pil() -> None:
 def test_mean_of_a_large_image_is_exact() -> None:
     images = torch.full((1, 3, 500, 500), 250, dtype=torch.uint8)
     images[..., 250:, :] = 251  # sum of luma beyond 2^24, mean exactly at a half
-    ours = forced(images, "Contrast", 1.0, False, False, grouped=True)
+    ours = forced(images, "Contrast", 1.0, False, False)
     assert torch.equal(ours[0], timm_operation("Contrast", images[0], 1.0, False, False))
 
 
@@ -123,9 +129,71 @@ def test_both_paths_give_the_same_bits(channels_last: bool) -> None:
     level = torch.linspace(6, 10, 32, dtype=torch.float64)
     negative, bicubic = torch.arange(32) % 7 < 3, torch.arange(32) % 5 < 2
     rest, policy = (operation, level, negative, bicubic), RandAugment(**POLICY)
-    grouped = policy.apply(images, *rest, grouped=True)
-    assert torch.equal(grouped, policy.apply(images, *rest, grouped=False))
+    grouped = policy.apply(images, *rest, None)
     assert torch.equal(grouped[operation == NONE], images[operation == NONE])
+    assert torch.equal(grouped, policy.apply(images, *rest, every_row(len(FAMILIES), 32, images.device).rows()))
+    needed = [torch.isin(operation, torch.tensor(family)).nonzero().flatten().flip(0) for family in FAMILIES]
+    assert torch.equal(grouped, policy.apply(images, *rest, needed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**20),
+    st.integers(1, 40),
+    st.integers(0, MAX_OPERATIONS),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from([0.5, 4.0]),
+)
+def test_planned_rows_give_the_same_bits(
+    seed: int, count: int, operations: int, probability: float, deviation: float
+) -> None:
+    values = {"operations": operations, "probability": probability, "magnitude_std": deviation}
+    policy = RandAugment(**POLICY | values)
+    images = crops().repeat(7, 1, 1, 1)[:count, :, 20:44, 30:60]
+    draws, before = torch.from_numpy(uniforms(seed, 0, 0, count)), images.clone()
+    expected = policy(images, draws, None)
+    assert torch.equal(expected, policy(images, draws, policy.plan(draws).rows()))
+    assert torch.equal(images, before), "the caller's images are left alone"
+
+
+def test_a_plan_names_all_rows_that_draw_an_operation_and_few_others() -> None:
+    policy, shapes = RandAugment(**POLICY), set()
+    for epoch in range(50):
+        draws = torch.from_numpy(uniforms(4, epoch, 0, 256))
+        plan = policy.plan(draws)
+        shapes.add(plan.counts)
+        for step in range(2):
+            operation = policy.draw(draws, step)[0]
+            for family, rows in zip(FAMILIES, plan.rows()[step * len(FAMILIES) :], strict=False):
+                needed = torch.isin(operation, torch.tensor(family)).nonzero().flatten()
+                assert set(needed.tolist()) == set(rows[: len(needed)].tolist()) and len(rows.unique()) == len(rows)
+    assert len(shapes) == 1, "one shape, whatever is drawn"
+    assert sum(shapes.pop()) < 0.3 * plan.order.numel(), "a quarter of the rows, on average"
+
+
+def test_lists_are_long_enough_but_for_one_batch_in_a_billion() -> None:
+    generator = np.random.default_rng(0)
+    for rows, share in ((32, 1 / 30), (128, 1 / 6), (1024, 2 / 15)):
+        assert generator.binomial(rows, share, 10**6).max() <= enough(rows, share) < rows
+    # One row of 2: P(2 rows) = share^2.
+    assert enough(2, 0.9e-9**0.5) == 1 and enough(2, 1.1e-9**0.5) == 2
+    assert (enough(8, 0.0), enough(8, 1.0)) == (1, 8)
+
+
+def test_more_rows_than_the_lists_hold() -> None:
+    """All samples rotate: the lists have all rows, and the bits stay the same."""
+    policy, images, draws = RandAugment(**POLICY), *overfull()
+    plan = policy.plan(draws)
+    assert plan.counts == (len(images),) * 2 * len(FAMILIES)
+    assert torch.equal(policy(images, draws, plan.rows()), policy(images, draws, None))
+
+
+def overfull() -> tuple[Tensor, Tensor]:
+    """uint8 [60, 3, 32, 40] and draws by which all samples rotate, more than a list of the batch's size has."""
+    images = crops().repeat(10, 1, 1, 1)[:, :, 20:52, 30:70]
+    draws = torch.from_numpy(uniforms(3, 0, 0, len(images)))
+    draws[:, RAND_AUGMENT.start], draws[:, RAND_AUGMENT.start + 1] = 3.5 / 15, 0.0
+    return images, draws
 
 
 def test_identity_matrix_is_the_identity_of_both_filters() -> None:
@@ -135,20 +203,35 @@ def test_identity_matrix_is_the_identity_of_both_filters() -> None:
         assert torch.equal(affine(images, matrix, bicubic, FILL), images)
 
 
-def test_no_host_synchronisation_without_grouping() -> None:
-    """Fake tensors of a GPU have shapes but no values: reading one, or a shape that hangs on one, raises."""
-    with FakeTensorMode():
-        images = torch.empty(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
-        draws = torch.empty(4, NUM_UNIFORMS, device="cuda")
-        augmented = RandAugment(**POLICY)(images, draws, grouped=False)
+def test_no_host_synchronisation_with_a_plan() -> None:
+    """Fake tensors of a GPU have shapes but no values: reading one, or a shape that depends on one, raises."""
+    policy = RandAugment(**POLICY)
+    plan = policy.plan(torch.from_numpy(uniforms(0, 0, 0, 64)))
+    with FakeTensorMode() as mode:
+        images = torch.empty(64, 3, 32, 48, dtype=torch.uint8, device="cuda")
+        draws = torch.empty(64, NUM_UNIFORMS, device="cuda")
+        order = mode.from_tensor(plan.order).to("cuda")
+        augmented = policy(images, draws, RowPlan(order, plan.counts).rows())
         assert augmented.shape == images.shape and augmented.device.type == "cuda"
 
 
 def test_compiles_to_one_graph_with_the_same_bits() -> None:
-    policy = RandAugment(**POLICY)
-    images, draws = crops(), torch.from_numpy(uniforms(0, 0, 0, 6))
-    whole = torch.compile(lambda i, u: policy(i, u, grouped=False), fullgraph=True, backend="eager")
-    assert torch.equal(whole(images, draws), policy(images, draws, grouped=True))
+    """A second one, of larger shapes, for a batch with more rows than the lists hold."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    policy, (images, full) = RandAugment(**POLICY | {"operations": 1}), overfull()
+    whole = torch.compile(lambda i, u, plan: policy(i, u, plan.rows()), fullgraph=True, dynamic=False, backend=backend)
+    for seed in range(3):
+        draws = torch.from_numpy(uniforms(seed, 0, 0, len(images)))
+        assert torch.equal(whole(images, draws, policy.plan(draws)), policy(images, draws, None))
+    assert len(graphs) == 1
+    for draws in (full, full.roll(1, 0)):
+        assert torch.equal(whole(images, draws, policy.plan(draws)), policy(images, draws, None))
+    assert len(graphs) == 2
 
 
 def test_distribution_of_the_draws() -> None:
@@ -194,8 +277,8 @@ def test_extreme_draws_are_finite() -> None:
 def test_every_value_changes_the_result(change: dict[str, object]) -> None:
     images = crops().repeat(8, 1, 1, 1)[:, :, :48, :48]
     draws = torch.from_numpy(uniforms(3, 0, 0, len(images)))
-    before = RandAugment(**POLICY)(images, draws, grouped=True)
-    assert not torch.equal(before, RandAugment(**POLICY | change)(images, draws, grouped=True))
+    before = RandAugment(**POLICY)(images, draws, None)
+    assert not torch.equal(before, RandAugment(**POLICY | change)(images, draws, None))
 
 
 def test_two_steps_read_their_own_columns() -> None:
@@ -203,13 +286,13 @@ def test_two_steps_read_their_own_columns() -> None:
     draws = torch.from_numpy(uniforms(3, 0, 0, 6))
     draws[:, RAND_AUGMENT] = 0.999  # apply >= probability: nothing happens
     policy = RandAugment(**POLICY)
-    assert torch.equal(policy(images, draws, grouped=True), images)
+    assert torch.equal(policy(images, draws, None), images)
     for step, name in enumerate(("Invert", "Solarize")):
         first = RAND_AUGMENT.start + 5 * step
         draws[:, first] = (OPERATIONS.index(name) + 0.5) / 15
         draws[:, first + 1 : first + 3] = torch.tensor([0.49, 0.5])
-    expected = forced(forced(images, "Invert", 9.0, False, False, True), "Solarize", 9.0, False, False, True)
-    assert torch.equal(policy(images, draws, grouped=True), expected)
+    expected = forced(forced(images, "Invert", 9.0, False, False), "Solarize", 9.0, False, False)
+    assert torch.equal(policy(images, draws, None), expected)
 
 
 def test_more_operations_than_draws_is_an_error() -> None:

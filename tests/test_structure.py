@@ -25,6 +25,7 @@ CORE = [
     "repghost/training/**/*.py",
     "data/datamodule.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py", "data/reader.py",
     "data/shards.py", "data/torch_loader.py", "data/dali_loader.py", "data/augment.py", "data/rand_augment.py",
+    "data/row_plan.py",
     "data/pil_ops.py", "repghost/evaluation/evaluate.py", "repghost/evaluation/reports.py",
     "repghost/evaluation/test_sets.py", "repghost/run.py", "repghost/run_name.py",
     "repghost/metrics.py", "repghost/dataset.py", "repghost/launch.py", "repghost/sweep.py", "repghost/command_line.py",
