@@ -3,6 +3,7 @@
 What the other rank waits in stands for a collective over NCCL; see tests/blocked_ranks.py.
 """
 
+import inspect
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
+from torch.multiprocessing import ProcessContext
 
 from repghost import processes, rank_failures
 
@@ -57,6 +60,9 @@ def test_the_limits_are_half_a_minute() -> None:
     heard = 2 * rank_failures.SECONDS_UNTIL_SEEN + rank_failures.SECONDS_TO_LEAVE
     assert own <= 30 and heard <= 30
     assert rank_failures.SECONDS_TO_LEAVE + rank_failures.SECONDS_TO_STOP <= 30
+    # torch's launcher waits in the method whose limit is set there.
+    assert "self._pc.join(-1)" in inspect.getsource(MultiprocessContext._poll)
+    assert "grace_period" in inspect.signature(ProcessContext.join).parameters
     # A rank ends after the one that failed, which the launcher is to find first.
     assert rank_failures.SECONDS_UNTIL_SEEN < rank_failures.SECONDS_TO_LEAVE
 
@@ -92,20 +98,23 @@ def port() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("blocked", "failing"), [("python", "0"), ("exit", "1")])
-def test_srun(start: Start, port: str, blocked: str, failing: str) -> None:
-    """Each task is a process that nobody looks after."""
+@pytest.mark.parametrize(
+    ("blocked", "failure", "failing"), [("python", "mistake", 0), ("exit", "mistake", 1), ("python", "killed", 0)]
+)
+def test_srun(start: Start, port: str, blocked: str, failure: str, failing: int) -> None:
+    """Each task is a process that nobody looks after; rank 0 serves the store."""
     step = {
         "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NAME": "train",
         "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+        "FAILING": str(failing), "FAILURE": failure, "BLOCKED": blocked,
     }  # fmt: skip
-    tasks = [
-        start(**step, SLURM_PROCID=rank, SLURM_LOCALID=rank, FAILING=failing, BLOCKED=blocked) for rank in ("0", "1")
-    ]
-    ended = [ends(task) for task in tasks]
-    code, said = ended.pop(int(failing))
-    assert code == 2 and said.endswith("\nerror: photo.jpg is damaged\n"), said
+    ended = [ends(task) for task in [start(**step, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]]
+    code, said = ended.pop(failing)
+    if failure == "killed":
+        assert code == -signal.SIGKILL, said
+    else:
+        assert code == 2 and said.endswith("\nerror: photo.jpg is damaged\n"), said
     [(code, said)] = ended
     assert code == 1 and "error" not in said and "Traceback" not in said, said
 
