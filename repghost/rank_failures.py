@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_UNTIL_SEEN = 2.0  # a failure, by all ranks; so long the store has to be there
 SECONDS_TO_LEAVE = 8.0  # for a rank that failed too, or that gloo or a launcher is about to end
 SECONDS_TO_STOP = 20.0  # for a rank that may still save
-_SECONDS_UNTIL_ANSWERED = 24 * 3600.0  # a cut link may come back, and is noticed after trainer.timeout_minutes if not
+_UNTIL_ANSWERED = timedelta(days=1)  # a cut link may come back, and is noticed after trainer.timeout_minutes if not
 
 
 def open_store(seconds: float) -> dist.TCPStore:
@@ -76,12 +76,13 @@ def _end_with_the_others(failed: threading.Event, done: threading.Event, over: t
         if over.wait(_SECONDS_BETWEEN_LOOKS):
             return
     try:
-        store = open_store(_SECONDS_UNTIL_ANSWERED)
+        store = open_store(SECONDS_TO_STOP)
+        store.set_timeout(_UNTIL_ANSWERED)
         while not store.check([_key()]):
             if over.wait(_SECONDS_BETWEEN_LOOKS):
                 return
         failure = json.loads(store.get(_key()))
-    except dist.DistError:  # the connection was closed
+    except dist.DistError:  # nobody is there any more
         _stop(done)
         return
     failed.set()
