@@ -17,7 +17,7 @@ from repghost.launch import command
 @command("evaluate")
 def main(config: DictConfig) -> int:
     # Here and below, what takes long to import: the command line was understood by now.
-    from repghost.ranks import run_on_devices
+    from repghost.processes import run_on_devices
     from repghost.run import resolved_for_evaluation
 
     return run_on_devices(run, resolved_for_evaluation(config))

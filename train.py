@@ -10,7 +10,6 @@ import os
 # Read when torch is loaded: threads that wait for each other sleep, since beside decoding processes they starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from contextlib import ExitStack
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -23,25 +22,16 @@ def main(config: DictConfig) -> int:
     from repghost.lock import sole_writer
     from repghost.run_name import folder_of
 
-    folder, launched = folder_of(config), _perhaps_another_rank()
-    with sole_writer(folder, rank=1 if launched else 0), ExitStack() as stack:
+    with sole_writer(folder_of(config)):
         # Here and below, what takes long to import: the command line was understood by now.
-        from repghost.ranks import global_rank, run_on_devices
+        from repghost.processes import run_on_devices
         from repghost.run import is_finished, open_run
 
-        rank = global_rank()
-        if launched:
-            stack.enter_context(sole_writer(folder, rank))
         directory, config = open_run(config)
         if is_finished(directory):
             print(f"{directory} is finished; evaluation.json in it holds the result")
             return 0
         return run_on_devices(train, config)
-
-
-def _perhaps_another_rank() -> bool:
-    """Whether torchrun or srun started others before this process, or left their variables in its environment."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("RANK", "SLURM_PROCID"))
 
 
 def train(config: DictConfig) -> None:

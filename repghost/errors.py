@@ -32,6 +32,10 @@ class UserError(ValueError):
     """A mistake in a command, a file or a data set. One line: what is wrong, where, and what to do."""
 
 
+class StoppedTogether(SystemExit):
+    """The end of one of several ranks that all of them agreed on, between the same two batches."""
+
+
 def printable(text: str, stream: TextIO | None = None) -> str:
     """`text` on one line, in characters that a terminal shows and does not obey.
 

@@ -73,8 +73,13 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                     sweeps[0].over(run)
                 return sweeps[0].report()
 
-            if code := run_command(compose_and_run):
-                sys.exit(code)
+            try:
+                if code := run_command(compose_and_run):
+                    sys.exit(code)
+            except BaseException as error:
+                if "repghost.rank_failures" in sys.modules:  # else nothing has run on devices
+                    sys.modules["repghost.rank_failures"].end_failed_rank(error)
+                raise
 
         return main
 

@@ -29,13 +29,15 @@ _WATCHED = 60.0  # seconds in which a writer on another machine shows that it li
 
 
 @contextmanager
-def sole_writer(folder: Path, rank: int = 0) -> Iterator[None]:
+def sole_writer(folder: Path, rank: int | None = None) -> Iterator[None]:
     """Makes this process, for all ranks of its run, the only writer of `folder`; ranks other than 0 pass.
+
+    rank: of this process; None: what a launcher says, 0 without one.
 
     Raises UserError if another process writes there, or if nothing can be written. A folder that is empty at the end
     is removed.
     """
-    if rank != 0:
+    if (_launched_rank() if rank is None else rank) != 0:
         yield
         return
     require_writable(folder / OWNER, "output")
@@ -52,6 +54,15 @@ def sole_writer(folder: Path, rank: int = 0) -> Iterator[None]:
         for path in made:
             with suppress(OSError):
                 path.rmdir()
+
+
+def _launched_rank() -> int:
+    """The rank of this process; a first one, or one without others, is told without what takes long to import."""
+    if all(os.environ.get(name, "0") in ("", "0") for name in ("RANK", "SLURM_PROCID")):
+        return 0
+    from repghost.ranks import global_rank
+
+    return global_rank()
 
 
 def _take(folder: Path) -> BinaryIO:

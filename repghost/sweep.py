@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from repghost.command_line import check_config, choices_listed
 from repghost.errors import UserError
-from repghost.ranks import external_launcher, signals_passed_on
+from repghost.processes import signals_passed_on
+from repghost.ranks import external_launcher
 from repghost.results import read_results, runs_table
 from repghost.run import folder_of, top1
 from repghost.schema.check import shown

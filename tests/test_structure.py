@@ -29,8 +29,8 @@ CORE = [
     "data/pil_ops.py", "repghost/evaluation/evaluate.py", "repghost/evaluation/reports.py",
     "repghost/evaluation/test_sets.py", "repghost/run.py", "repghost/run_name.py",
     "repghost/metrics.py", "repghost/dataset.py", "repghost/launch.py", "repghost/sweep.py", "repghost/command_line.py",
-    "repghost/schema/*.py", "repghost/ranks.py", "repghost/errors.py",
-    "repghost/files.py", "train.py", "evaluate.py",
+    "repghost/schema/*.py", "repghost/ranks.py", "repghost/processes.py", "repghost/rank_failures.py",
+    "repghost/errors.py", "repghost/files.py", "train.py", "evaluate.py",
 ]  # fmt: skip
 
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

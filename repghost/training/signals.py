@@ -19,7 +19,7 @@ from functools import cache
 from types import FrameType
 from typing import Self
 
-from repghost.errors import UserError
+from repghost.errors import StoppedTogether, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last one is submitit's
 
@@ -50,8 +50,8 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Ends the process."""
-        sys.exit(self._exit_code)
+        """Ends the process, as all ranks do that saved together."""
+        raise StoppedTogether(self._exit_code)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received or os.getpid() != self._process:  # a forked worker inherits the handler
@@ -62,7 +62,7 @@ class StopSignals:
             with suppress(OSError):  # not by print, since what the signal interrupted may be a print
                 os.write(2, f"{signal.Signals(number).name}: {what}\n".encode())
         if not self.deferred:
-            self.stop()
+            sys.exit(self._exit_code)
 
 
 def ignore_signals(worker: int) -> None:

@@ -85,7 +85,7 @@ def test_torchrun(cluster: Cluster, undisturbed: Path, tmp_path: Path, options: 
 
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --signal=USR1@120 --time=60 --requeue --open-mode=append --output=log
-srun --kill-on-bad-exit=0 --wait=60 {command}
+srun --kill-on-bad-exit=0 --wait=20 {command}
 code=$?
 [ $code != 75 ] || scontrol requeue $SLURM_JOB_ID
 exit $code
