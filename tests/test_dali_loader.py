@@ -20,7 +20,10 @@ from test_loader import variants
 from webdataset import TarWriter
 
 from data.crops import CenterCrops, Crops, RandomCrops
-from data.dali_loader import DaliLoader, DaliSource, dali_installed, dali_resize
+from data import dali_loader
+from data.dali_loader import DaliLoader, Gpu, dali_installed
+from data.dali_pipeline import DaliSource, dali_resize
+from data.encoded import BatchReader
 from data.index import Index, load_index
 from data.reader import LoaderOptions, ShardReader
 from data.sampling import RankSampler
@@ -57,9 +60,10 @@ def evaluation(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: in
 
 
 def loader(
-    kind: type, crops: Crops, start: tuple[int, int] = (0, 0), workers: int = 0, skip_bad: int = 0
+    kind: type, crops: Crops, start: tuple[int, int] = (0, 0), workers: int = 0, skip_bad: int = 0, readers: int = 0
 ) -> TorchLoader | DaliLoader:
-    return kind(crops, LoaderOptions(workers=workers, prefetch=2, start=lambda: start, skip_bad=skip_bad))
+    options = LoaderOptions(workers=workers, prefetch=2, readers=readers, start=lambda: start, skip_bad=skip_bad)
+    return kind(crops, options)
 
 
 def assert_same(mine: Sequence[Batch], theirs: Sequence[Batch]) -> None:
@@ -179,11 +183,11 @@ def test_dalis_resize_is_close_to_pils(kind: str, tmp_path: Path) -> None:
 def batch_by_dali(crops: Crops) -> np.ndarray:
     """uint8 [rows, 3, 224, 224], the first batch."""
     dali = import_module("nvidia.dali")
-    source = DaliSource(crops, ShardReader(crops.index), on_gpu=True)
+    source = DaliSource(BatchReader(crops), on_gpu=True)
 
     @dali.pipeline_def(batch_size=crops.sampler.batch_size, num_threads=1, device_id=None)
     def pipeline():
-        file, start, shape, *rest = dali.fn.external_source(source, num_outputs=6)
+        file, start, shape, *rest = dali.fn.external_source(source, num_outputs=6, no_copy=True)
         return dali_resize(dali.fn.decoders.image_slice(file, start, shape, axes=[0, 1]), *rest, 224)
 
     return np.array(pipeline().run()[0].as_tensor())

@@ -1,0 +1,109 @@
+"""CPU time of the training process's own threads for a batch of the DALI loader, read in a thread and by processes.
+
+    python benchmarks/thread_time.py --readers 0 1 2
+
+Every millisecond of theirs holds the interpreter's lock, or competes for it, while a step launches its kernels. Without a
+GPU the pipeline of one runs on the CPU: its inputs, its resize and its outputs are the same, and DALI's own threads,
+which decode, do not count. What is missing is the copy into torch's memory, on a GPU one kernel and a wait.
+"""
+
+import argparse
+import threading
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.corpus import TRAIN, corpus
+from data import dali_loader
+from data.crops import RandomCrops
+from data.dali_loader import DaliLoader, Gpu
+from data.index import Index, load_index
+from data.reader import LoaderOptions
+from data.sampling import RankSampler
+from data.write_shards.write import write_folder
+
+EPOCH = 1_000_000  # images that an index is repeated to: ImageNet's order and its index have this size
+
+
+class StandIn(Gpu):
+    """A CPU in the place of a GPU."""
+
+    decoder = "cpu"
+
+    def __init__(self, device_id: int) -> None:
+        self.device_id = None
+
+    def enter_thread(self) -> None:
+        pass
+
+    def own(self, output: Any) -> Tensor:
+        return torch.from_dlpack(output.as_tensor())
+
+    def hand_over(self, images: Tensor) -> None:
+        pass
+
+
+def thread_seconds() -> float:
+    """CPU time of the Python threads of this process."""
+    idents = [thread.ident for thread in threading.enumerate() if thread.ident]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in idents)
+
+
+def milliseconds_per_batch(crops: RandomCrops, options: LoaderOptions, batches: int, device_id: int | None) -> float:
+    """CPU time of the loader's thread and of its user's."""
+    loader = DaliLoader(crops, options, device_id)
+    arriving = iter(loader)
+    for _ in islice(arriving, 2 * options.prefetch + 2):
+        pass
+    before = thread_seconds()
+    for _ in islice(arriving, batches):
+        pass
+    spent = thread_seconds() - before
+    del arriving, loader
+    return 1000 * spent / batches
+
+
+def main(arguments: list[str] | None = None) -> dict[int, float]:
+    """{readers: milliseconds}, which are printed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--readers", nargs="+", type=int, default=[0, 1, 2], help="(default %(default)s)")
+    parser.add_argument("--images", type=int, default=1500, help="files of the corpus (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="(default %(default)s)")
+    parser.add_argument("--batches", type=int, default=30, help="that are measured (default %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="(default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of DALI (default %(default)s)")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("~/.cache/repghost/benchmark"), help="(default %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        dali_loader.Gpu = StandIn  # type: ignore[misc]
+    index = _index(options.corpus.expanduser(), options.images)
+    crops = RandomCrops(
+        index, RankSampler(len(index), options.batch_size), options.image_size, 0, (0.08, 1), (3 / 4, 4 / 3)
+    )
+    found = {}
+    for readers in options.readers:
+        of_loader = LoaderOptions(workers=options.threads, prefetch=2, readers=readers, pin_memory=on_gpu)
+        found[readers] = milliseconds_per_batch(crops, of_loader, options.batches, device_id=0)
+        where = f"{readers} reader process(es)" if readers else "read in a thread"
+        print(f"{where:<24} {found[readers]:6.2f} ms of thread CPU time per batch of {options.batch_size}", flush=True)
+    return found
+
+
+def _index(folder: Path, images: int) -> Index:
+    files = corpus(folder, images)
+    write_folder(files / TRAIN, files / "shards", split="train", images_per_shard=500, quiet=True)
+    once = load_index(files / "shards", "train", files)
+    return replace(once, samples=np.tile(once.samples, max(1, EPOCH // images)))
+
+
+if __name__ == "__main__":
+    main()
