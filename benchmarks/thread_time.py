@@ -2,22 +2,28 @@
 
     python benchmarks/thread_time.py --readers 0 1 2
 
-Every millisecond of theirs holds the interpreter's lock, or competes for it, while a step launches its kernels. Without a
-GPU the pipeline of one runs on the CPU: its inputs, its resize and its outputs are the same, and DALI's own threads,
-which decode, do not count. What is missing is the copy into torch's memory, on a GPU one kernel and a wait.
+Every millisecond of theirs holds the interpreter's lock, or competes for it, while a step launches its kernels. Without
+a GPU the pipeline of one runs on the CPU: its inputs, its resize and its outputs are the same, and DALI's own threads,
+which decode, do not count. What is missing is the copy into torch's memory, on a GPU one kernel and a wait. The figure
+is the median of single batches: other programs on the same cores make some of them dearer.
 """
 
 import argparse
+import sys
 import threading
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if not __package__:  # started as a file, not as python -m benchmarks.thread_time
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.corpus import TRAIN, corpus
 from data import dali_loader
@@ -61,12 +67,10 @@ def milliseconds_per_batch(crops: RandomCrops, options: LoaderOptions, batches: 
     arriving = iter(loader)
     for _ in islice(arriving, 2 * options.prefetch + 2):
         pass
-    before = thread_seconds()
+    clock = [thread_seconds()]
     for _ in islice(arriving, batches):
-        pass
-    spent = thread_seconds() - before
-    del arriving, loader
-    return 1000 * spent / batches
+        clock.append(thread_seconds())
+    return 1000 * median(after - before for before, after in pairwise(clock))
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:

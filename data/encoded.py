@@ -1,8 +1,8 @@
 """The encoded files of batch after batch, which DALI decodes: read in this process, or ahead by processes of their own.
 
-In the training process, reading and checksums take the interpreter's lock from the thread that keeps the GPU busy; reader
-processes spare it 4 ms a batch of 128 images. They put files into memory that they share with this process. It is no
-part of /dev/shm, so its size does not matter, and their pipes have no names, for which a TMPDIR might be too long.
+In the training process, reading and checksums take the interpreter's lock from the thread that keeps the GPU busy;
+reader processes spare it 4 ms a batch of 128 images. They put files into memory that they share with this process. It
+is no part of /dev/shm, so its size does not matter, and their pipes have no names, so TMPDIR may be long.
 Check: `pytest tests/test_dali_loader.py`, `python benchmarks/thread_time.py`.
 """
 
@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, reduction, resource_tracker
 from multiprocessing.connection import Connection
@@ -155,17 +156,16 @@ def _serve(connection: Connection, with_crops: "_SharedMemory", size: int, slots
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     reader = BatchReader(pickle.loads(*with_crops.read([size])))
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the pool is gone
+        while True:
             iteration, decoded, slot = connection.recv()
-        except EOFError:  # the pool is gone
-            return
-        try:
-            batch = reader.read(iteration, decoded)
-            connection.send((batch.crops, slots[slot].write(batch.files), batch.labels, batch.errors))
-        except Exception as error:
-            error.add_note(f"in a process that reads images:\n{traceback.format_exc()}")
-            connection.send(error)
+            try:
+                batch = reader.read(iteration, decoded)
+                answer: Any = batch.crops, slots[slot].write(batch.files), batch.labels, batch.errors
+            except Exception as error:
+                error.add_note(f"in a process that reads images:\n{traceback.format_exc()}")
+                answer = error
+            connection.send(answer)
 
 
 class _SharedMemory:

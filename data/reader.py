@@ -39,11 +39,11 @@ class LoaderOptions:
     """What both loaders take beside their crops.
 
     workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
-    readers: processes that read for DALI; 0 reads in a thread. hw_decoder_load: share of a GPU's JPEGs that its decoder
-    takes. thread_affinity: whether the threads that decode for a GPU keep to the cores of its socket (both as DALI's
-    own defaults). pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the (epoch, batch) to begin
-    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error. ranks: on
-    this machine, each with such a loader; they share its memory.
+    readers: processes that read for DALI; 0 reads in a thread. hw_decoder_load, thread_affinity: the share of a batch
+    that a GPU's JPEG decoder takes, and whether the threads that decode for a GPU keep to the cores of its socket; both
+    as DALI's own defaults. pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the
+    (epoch, batch) to begin at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with
+    its error. ranks: on this machine, each with such a loader; they share its memory.
     """
 
     workers: int
