@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol
+from weakref import ref
 
 import numpy as np
 
@@ -89,8 +90,16 @@ def build_pipeline(
 
     rows: of a batch. decoder: DALI's device for decoding, `cpu` or `mixed`. source() gives, for each row: file; top and
     left, height and width of its region; and for a GPU also what the region is resized to, whether bicubic, and top and
-    left of the image in that.
+    left of the image in that. The pipeline does not keep the source: DALI's objects hold each other, so that they, and
+    with them the source's processes, would stay until the garbage collector runs.
     """
+    weak = ref(source)
+
+    def feed() -> tuple[Any, ...]:
+        source = weak()
+        assert source is not None, "the owner of a pipeline holds its source"
+        return source()
+
     fn, types = dali().fn, dali().types
     dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.BOOL, types.INT32][: 6 if source.on_gpu else 3]
     as_pil: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
@@ -104,7 +113,7 @@ def build_pipeline(
         device_id=device_id,
     )
     def pipeline() -> Any:
-        inputs = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes, no_copy=True)
+        inputs = fn.external_source(feed, num_outputs=len(dtypes), dtype=dtypes, no_copy=True)
         file, start, shape, *rest = inputs
         if not source.on_gpu:
             return fn.decoders.image_slice(file, start, shape, axes=[0, 1], **as_pil)
