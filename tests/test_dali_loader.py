@@ -27,6 +27,7 @@ from test_loader import variants
 from torch.utils._python_dispatch import TorchDispatchMode
 from webdataset import TarWriter
 
+from benchmarks import thread_time
 from data import dali_loader
 from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, Gpu, dali_installed
@@ -378,6 +379,14 @@ def test_the_decoder_gets_the_keys_that_are_for_it(index: Index, monkeypatch: py
     assert (pipeline.num_threads, pipeline.prefetch_queue_depth, pipeline.device_id) == (3, 4, 0)
     build_pipeline(source, 8, 32, LoaderOptions(workers=1, prefetch=1), device_id=0, decoder="mixed")
     assert found["hw_decoder_load"] == 0.65 and found["affine"] is True
+
+
+def test_the_time_of_the_training_processs_threads_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"images": 24, "batch-size": 4, "batches": 3, "readers": 0, "image-size": 32}
+    found = thread_time.main([f"--{name}={value}" for name, value in options.items()] + [f"--corpus={tmp_path}"])
+    assert found[0] > 0 and "read in a thread" in capsys.readouterr().out and caplog.text == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
