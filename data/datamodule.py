@@ -18,6 +18,7 @@ from data.crops import CenterCrops, Crops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.folders import holds_images, shards_of_images
 from data.index import Index, load_indexes
+from data.loader_plan import LoaderPlan, plan_loader
 from data.reader import LoaderOptions, allow_open_files
 from data.remote import download_shards, is_remote
 from data.row_plan import RowPlan
@@ -39,7 +40,8 @@ class ImageNetData(DataModule):
 
     root: the folder, its URL, or a folder of class folders. train, val: globs of foreign shards, None for others and
     this project's own. workers: decoding processes or threads per rank, or `auto` for the rank's share of the cores.
-    `setup` has to be called first, as Lightning does.
+    readers: processes that read for DALI, or `auto`, see data.loader_plan. `setup` has to be called first, as Lightning
+    does.
     """
 
     root: str | Path
@@ -48,7 +50,10 @@ class ImageNetData(DataModule):
     class_names: str | None
     cache: str | Path
     workers: int | str
+    readers: int | str
     prefetch: int
+    hw_decoder_load: float
+    thread_affinity: bool
     loader: str
     eval_batch_size: int
     image_size: int
@@ -62,6 +67,7 @@ class ImageNetData(DataModule):
             raise UserError(f"data.root={self.root}: {what}: copy them to a local folder")
         self._indexes: dict[str, Index] = {}
         self._copies: torch.cuda.Stream | None = None
+        self._plan: LoaderPlan | None = None
 
     # -- what the data set is --------------------------------------------------------------------------------------
 
@@ -112,16 +118,34 @@ class ImageNetData(DataModule):
         return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
 
     def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
-        workers = cpus_per_rank() if self.workers == "auto" else int(self.workers)
-        if self.loader == "auto":
-            # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
-            self.loader = "dali" if dali_installed() and workers > 0 else "torch"
-            print_rank_zero(f"loader     {self.loader}")
         device = self._trainer.strategy.root_device
-        pinned = device.type == "cuda"
         ranks = self._trainer.world_size // self._trainer.num_nodes
-        shared = LoaderOptions(workers=workers, prefetch=self.prefetch, pin_memory=pinned, ranks=ranks, **options)
-        return DaliLoader(crops, shared, device.index) if self.loader == "dali" else TorchLoader(crops, shared)
+        plan = self._plan = self._plan or self._planned(device.type == "cuda", ranks)
+        shared = LoaderOptions(
+            workers=plan.workers,
+            readers=plan.readers,
+            prefetch=plan.prefetch,
+            hw_decoder_load=self.hw_decoder_load,
+            thread_affinity=self.thread_affinity,
+            pin_memory=device.type == "cuda",
+            ranks=ranks,
+            **options,
+        )
+        return DaliLoader(crops, shared, device.index) if plan.loader == "dali" else TorchLoader(crops, shared)
+
+    def _planned(self, on_gpu: bool, ranks: int) -> LoaderPlan:
+        """The plan of this rank's loaders, which is printed."""
+        plan = plan_loader(
+            self.loader,
+            self.workers,
+            self.readers,
+            self.prefetch,
+            cores=cores_of_a_rank(on_gpu, ranks),
+            on_gpu=on_gpu,
+            has_dali=dali_installed(),
+        )
+        print_rank_zero(f"loader     {plan}")
+        return plan
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -148,6 +172,14 @@ class ImageNetData(DataModule):
         return batch._replace(images=self.augment.evaluate(batch.images))
 
 
+def cores_of_a_rank(on_gpu: bool, ranks: int) -> int:
+    """Cores for each of the ranks on this machine; GPUs without a rank leave theirs to other runs."""
+    cores = cpus_per_rank()
+    if on_gpu and (gpus := torch.cuda.device_count()) > ranks:
+        return max(1, cores * ranks // gpus)
+    return cores
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageNetTraining(ImageNetData):
     """Training images, too; the further fields are the keys of `data` in conf/train.yaml.
@@ -167,6 +199,7 @@ class ImageNetTraining(ImageNetData):
         super().__post_init__()
         self._batch = 0  # number in its epoch of the batch that is on its way to the device
         self._plan: RowPlan | None = None  # of its augmentation
+        self._training: TorchLoader | DaliLoader | None = None
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -199,7 +232,12 @@ class ImageNetTraining(ImageNetData):
         parts = self._trainer.world_size * self._trainer.accumulate_grad_batches
         sampler = self._sampler("train", self.batch_size // parts)
         skip_bad = int(self.skip_budget * sampler.samples)
-        return self._loader(self._random_crops(sampler), start=self._next_batch, skip_bad=skip_bad)
+        self._training = self._loader(self._random_crops(sampler), start=self._next_batch, skip_bad=skip_bad)
+        return self._training
+
+    @property
+    def seconds_waited(self) -> float:
+        return self._training.seconds_waited if self._training else 0.0
 
     def _random_crops(self, sampler: RankSampler) -> RandomCrops:
         return RandomCrops(self.index("train"), sampler, self.image_size, self.seed, self.scale, self.ratio)

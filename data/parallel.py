@@ -65,11 +65,11 @@ def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
+def end_with_parent() -> None:
+    """Ends this process when its parent is gone; without it a worker would wait for its next task for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker"
     parent.join()

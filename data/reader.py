@@ -8,11 +8,12 @@ import io
 import logging
 import os
 import resource
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -38,13 +39,18 @@ class LoaderOptions:
     """What both loaders take beside their crops.
 
     workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
-    pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the (epoch, batch) to begin
-    at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with its error. ranks: on
-    this machine, each with such a loader; they share its memory.
+    readers: processes that read for DALI; 0 reads in a thread. hw_decoder_load, thread_affinity: the share of a batch
+    that a GPU's JPEG decoder takes, and whether the threads that decode for a GPU keep to the cores of its socket; both
+    as DALI's own defaults. pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the
+    (epoch, batch) to begin at. skip_bad: bad images per epoch that are masked and logged; one more ends the epoch with
+    its error. ranks: on this machine, each with such a loader; they share its memory.
     """
 
     workers: int
     prefetch: int
+    readers: int = 0
+    hw_decoder_load: float = 0.65
+    thread_affinity: bool = True
     pin_memory: bool = False
     start: Callable[[], tuple[int, int]] = lambda: (0, 0)
     skip_bad: int = 0
@@ -128,6 +134,26 @@ def allow_open_files(count: int) -> None:
         except ValueError:
             need = f"{count} shards need {wanted} open files, the limit is {hard}"
             raise UserError(f"{need}: raise it with `ulimit -Hn`") from None
+
+
+class Timed(Protocol):
+    """A loader; its user has waited so long for batches."""
+
+    seconds_waited: float
+
+
+def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
+    """The batches; the time until each of them is there is added to the loader's."""
+    remaining = iter(batches)
+    while True:
+        begun = time.perf_counter()
+        try:
+            batch = next(remaining)
+        except StopIteration:
+            return
+        finally:
+            loader.seconds_waited += time.perf_counter() - begun
+        yield batch
 
 
 def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops
-from data.reader import LoaderOptions, ShardReader, resize, within_budget
+from data.reader import LoaderOptions, ShardReader, resize, timed, within_budget
 from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
 from repghost.errors import UserError
@@ -32,12 +32,16 @@ LONGEST_TMPDIR = 75  # bytes: a socket's 107 without "/pymp-12345678/listener-12
 
 
 class TorchLoader(DataLoader):
-    """The batches of an epoch from `options.start` on; its length is that of a full epoch."""
+    """The batches of an epoch from `options.start` on; its length is that of a full epoch.
+
+    `seconds_waited` is how long its user has waited for batches.
+    """
 
     def __init__(self, crops: Crops, options: LoaderOptions) -> None:
         self._length = crops.sampler.batches
         self._batches_left: list[tuple[int, int]] = []  # (epoch, batch)
         self._options = options
+        self.seconds_waited = 0.0
         if options.workers:
             end_workers_at_exit()
         self._batch_bytes = batch_bytes(crops)
@@ -58,7 +62,7 @@ class TorchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         epoch, first = self._options.start()
         self._batches_left[:] = [(epoch, batch) for batch in range(first % len(self), len(self))]
-        yield from within_budget(self._batches(), self._options.skip_bad)
+        yield from within_budget(timed(self._batches(), self), self._options.skip_bad)
 
     def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
         if self.num_workers and self._iterator is None:

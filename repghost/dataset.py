@@ -54,6 +54,11 @@ class DataModule(pl.LightningDataModule):
         raise NotImplementedError
 
     @property
+    def seconds_waited(self) -> float:
+        """How long the training has waited for its batches so far."""
+        return 0.0
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Numbers of training and of validation images."""
         raise NotImplementedError

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 # Keys that say where and how fast a run happens: no part of its name, and free to change when it is resumed.
 WHERE_AND_HOW_FAST = ("name", "output", "results", "trainer", "logger", "checkpoint", "curve_seconds", "profile",
-                      "data.workers", "data.prefetch", "data.cache", "data.eval_batch_size")  # fmt: skip
+                      "data.workers", "data.readers", "data.prefetch", "data.hw_decoder_load", "data.thread_affinity",
+                      "data.cache", "data.eval_batch_size")  # fmt: skip
 # Part of the name by their values alone.
 _NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
 _LONGEST_NAME = 255  # bytes that file systems take

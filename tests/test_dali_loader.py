@@ -5,22 +5,34 @@ Damaged shards are in tests/test_faults.py, for both loaders.
 
 import gc
 import io
+import os
+import re
+import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from threading import get_ident
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import time_limit
 from images import encoded, patch
 from PIL import Image
 from test_loader import variants
+from torch.utils._python_dispatch import TorchDispatchMode
 from webdataset import TarWriter
 
+from benchmarks import thread_time
+from data import dali_loader
 from data.crops import CenterCrops, Crops, RandomCrops
-from data.dali_loader import DaliLoader, DaliSource, dali_installed, dali_resize
+from data.dali_loader import DaliLoader, Gpu, dali_installed
+from data.dali_pipeline import DaliSource, build_pipeline, dali_resize
+from data.encoded import BatchReader, ReaderPool
 from data.index import Index, load_index
 from data.reader import LoaderOptions, ShardReader
 from data.sampling import RankSampler
@@ -28,6 +40,7 @@ from data.torch_loader import TorchLoader
 from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.images import to_rgb
+from repghost.training.signals import SIGNALS
 
 pytestmark = pytest.mark.skipif(not dali_installed(), reason="nvidia-dali is made for Linux on x86-64")
 
@@ -57,9 +70,10 @@ def evaluation(index: Index, rows: int, size: int = 32, rank: int = 0, ranks: in
 
 
 def loader(
-    kind: type, crops: Crops, start: tuple[int, int] = (0, 0), workers: int = 0, skip_bad: int = 0
+    kind: type, crops: Crops, start: tuple[int, int] = (0, 0), workers: int = 0, skip_bad: int = 0, readers: int = 0
 ) -> TorchLoader | DaliLoader:
-    return kind(crops, LoaderOptions(workers=workers, prefetch=2, start=lambda: start, skip_bad=skip_bad))
+    options = LoaderOptions(workers=workers, prefetch=2, readers=readers, start=lambda: start, skip_bad=skip_bad)
+    return kind(crops, options)
 
 
 def assert_same(mine: Sequence[Batch], theirs: Sequence[Batch]) -> None:
@@ -109,6 +123,64 @@ def test_an_epoch_is_entered_anywhere_and_left_for_the_next(index: Index) -> Non
         assert_same([next(batches)], epochs[4][first : first + 1])  # and is left in the middle
 
 
+def test_reader_processes_change_no_batch(index: Index) -> None:
+    crops = training(index, 16)
+    epochs = {epoch: list(loader(TorchLoader, crops, (epoch, 0))) for epoch in (2, 3)}
+    where = (2, 1)
+    mine = DaliLoader(crops, LoaderOptions(workers=1, prefetch=3, readers=2, start=lambda: where))
+    assert_same(list(mine), epochs[2][1:])
+    pool = mine._stream.reader  # type: ignore[union-attr]
+    where = (3, 0)
+    assert_same(list(mine), epochs[3])
+    assert mine._stream.reader is pool, "one epoch runs into the next"  # type: ignore[union-attr]
+    assert isinstance(pool, ReaderPool) and len(pool.processes) == 2
+    for process in pool.processes:
+        for number in SIGNALS:
+            os.kill(process.pid or 0, number)
+    pool.processes[0].kill()
+    with pytest.raises(UserError, match=r"a process that reads images was killed.*data\.readers"), time_limit(60):
+        for epoch in range(4, 20):
+            where = (epoch, 0)
+            list(mine)
+    mine._stream.close()  # type: ignore[union-attr]
+    assert not any(process.is_alive() for process in pool.processes)
+
+
+def test_reader_processes_end_with_their_loader(index: Index) -> None:
+    mine = loader(DaliLoader, evaluation(index, 16), readers=1)
+    next(iter(mine))
+    (process,) = mine._stream.reader.processes  # type: ignore[union-attr]
+    gc.disable()
+    try:
+        del mine
+        process.join(60)
+    finally:
+        gc.enable()
+    assert process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_reader_processes_end_with_a_killed_training(shards: Path, tmp_path: Path) -> None:
+    script = """
+import os, sys
+from test_dali_loader import DaliLoader, load_index, loader, training
+if __name__ == "__main__":
+    mine = loader(DaliLoader, training(load_index(sys.argv[1], "train", sys.argv[2])), readers=1)
+    next(iter(mine))
+    print(mine._stream.reader.processes[0].pid, flush=True)
+    os.kill(os.getpid(), 9) if sys.argv[3] == "killed" else sys.exit(3)
+"""
+    (tmp_path / "run.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    for end, code in (("killed", -9), ("exits", 3)):
+        command = [sys.executable, str(tmp_path / "run.py"), str(shards), str(tmp_path), end]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert run.returncode == code and "Error" not in run.stderr, run.stderr
+        with time_limit(60):
+            while Path(f"/proc/{run.stdout.strip()}").exists():
+                time.sleep(0.01)
+
+
 def test_a_dropped_loader_takes_its_pipeline_along(index: Index) -> None:
     """At once, not when the garbage collector runs: its threads must not be there when other loaders fork workers."""
     gc.disable()
@@ -151,9 +223,9 @@ def test_what_dali_refuses_is_decoded_as_the_torch_loader_does(
     files["animation"] = animation.getvalue()
     files["endless"] = photograph[:-2]
     index = indexed(tmp_path / "foreign", files)
-    for crops in training(index, 4), evaluation(index, 4):
+    for crops, readers in ((training(index, 4), 0), (evaluation(index, 4), 0), (training(index, 4), 1)):
         caplog.clear()
-        mine = list(loader(DaliLoader, crops, skip_bad=2))
+        mine = list(loader(DaliLoader, crops, skip_bad=2, readers=readers))
         assert "DALI cannot decode a file" in caplog.text
         skipped = [record.message for record in caplog.records if record.message.startswith("skipped")]
         caplog.clear()
@@ -179,11 +251,11 @@ def test_dalis_resize_is_close_to_pils(kind: str, tmp_path: Path) -> None:
 def batch_by_dali(crops: Crops) -> np.ndarray:
     """uint8 [rows, 3, 224, 224], the first batch."""
     dali = import_module("nvidia.dali")
-    source = DaliSource(crops, ShardReader(crops.index), on_gpu=True)
+    source = DaliSource(BatchReader(crops), on_gpu=True)
 
     @dali.pipeline_def(batch_size=crops.sampler.batch_size, num_threads=1, device_id=None)
     def pipeline():
-        file, start, shape, *rest = dali.fn.external_source(source, num_outputs=6)
+        file, start, shape, *rest = dali.fn.external_source(source, num_outputs=6, no_copy=True)
         return dali_resize(dali.fn.decoders.image_slice(file, start, shape, axes=[0, 1]), *rest, 224)
 
     return np.array(pipeline().run()[0].as_tensor())
@@ -204,6 +276,119 @@ def batch_by_pil(crops: Crops) -> list[np.ndarray]:
     return images
 
 
+class Queue(TorchDispatchMode):
+    """Stands in for a stream of a GPU: what is launched there happens when somebody waits for it, or `late`.
+
+    Like a GPU it knows addresses, not tensors, and torch keeps memory that it allocated, and no other, for the streams
+    that were recorded.
+    """
+
+    def __init__(self, device_id: int = 0) -> None:
+        super().__init__()
+        self._work: list[Callable[[], object]] = []
+        self._recorded: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        assert function is torch.ops.aten.clone.default, "the loader launches nothing but a copy"
+        source = arguments[0]
+        copy = torch.full_like(source, 77)
+        self.launch(source, lambda found: copy.view(-1).copy_(found))
+        return copy
+
+    def launch(self, tensor: torch.Tensor, kernel: Callable[[torch.Tensor], object]) -> None:
+        """Queues a kernel, which gets the bytes that lie in the tensor's place when it runs."""
+        address, size = tensor.contiguous().data_ptr(), tensor.numel()
+
+        def run() -> None:
+            with open("/proc/self/mem", "rb", buffering=0) as memory:  # an error, no crash, where nothing is mapped
+                memory.seek(address)
+                kernel(torch.frombuffer(bytearray(memory.read(size)), dtype=torch.uint8))
+
+        self._work.append(run)
+
+    def record(self, tensor: torch.Tensor) -> None:
+        if tensor.untyped_storage().resizable():  # torch's own
+            self._recorded.append(tensor)
+
+    def synchronize(self) -> None:
+        while self._work:
+            self._work.pop(0)()
+        self._recorded.clear()
+
+
+class StandIn(Gpu):
+    """Whose pipeline is on the CPU. Everything else is the GPU's, on streams that are a Queue."""
+
+    decoder = "cpu"
+
+    def __init__(self, device_id: int) -> None:
+        super().__init__(device_id)
+        self.rank_device, self.device_id = device_id, None
+
+    def enter_thread(self) -> None:
+        self.device_id = self.rank_device
+        super().enter_thread()
+        self.device_id = None
+
+
+@pytest.fixture
+def computing(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """The stream of the training, on a stand-in for a GPU."""
+    current, devices = Queue(), []
+    monkeypatch.setattr(dali_loader, "Gpu", StandIn)
+    monkeypatch.setattr(torch.cuda, "Stream", Queue)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, get_ident())))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: stream.record(tensor))
+    monkeypatch.setattr(current, "devices", devices, raising=False)
+    return current
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+@pytest.mark.parametrize("readers", [0, 1])
+def test_a_gpu_that_is_behind_reads_the_right_images(kind: str, readers: int, index: Index, computing: Queue) -> None:
+    """The host is done with all batches, and has dropped them, before the GPU has read the first of them."""
+    crops = training(index, 4, 64) if kind == "training" else evaluation(index, 4, 64)
+
+    def options() -> LoaderOptions:
+        return LoaderOptions(workers=1, prefetch=2, readers=readers)
+
+    expected = [batch.images.clone() for batch in DaliLoader(crops, options(), device_id=1)]
+    late: list[torch.Tensor] = []
+    for batch in DaliLoader(crops, options(), device_id=1):
+        computing.launch(batch.images, late.append)
+        del batch
+    computing.synchronize()
+    assert len({images.numpy().tobytes() for images in expected}) == len(expected) == len(late) > 8
+    assert all(torch.equal(a, b.view_as(a)) for a, b in zip(expected, late, strict=True))
+    devices = computing.devices  # type: ignore[attr-defined]
+    assert [device for device, _ in devices] == [1, 1]
+    assert get_ident() not in [thread for _, thread in devices], "it is the loader's thread whose device is set"
+
+
+def test_the_decoder_gets_the_keys_that_are_for_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline of a GPU can be described without one."""
+    fn = import_module("nvidia.dali").fn
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(fn.decoders, "image", lambda file, **given: found.update(given) or file)
+    options = LoaderOptions(workers=3, prefetch=4, hw_decoder_load=0.9, thread_affinity=False)
+    source = DaliSource(BatchReader(training(index)), on_gpu=True)
+    pipeline = build_pipeline(source, 8, 32, options, device_id=0, decoder="mixed")
+    assert found["device"] == "mixed" and found["hw_decoder_load"] == 0.9 and found["affine"] is False
+    assert (pipeline.num_threads, pipeline.prefetch_queue_depth, pipeline.device_id) == (3, 4, 0)
+    build_pipeline(source, 8, 32, LoaderOptions(workers=1, prefetch=1), device_id=0, decoder="mixed")
+    assert found["hw_decoder_load"] == 0.65 and found["affine"] is True
+
+
+def test_the_time_of_the_training_processs_threads_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"images": 24, "batch-size": 4, "batches": 3, "readers": 0, "image-size": 32}
+    found = thread_time.main([f"--{name}={value}" for name, value in options.items()] + [f"--corpus={tmp_path}"])
+    assert found[0] > 0 and "read in a thread" in capsys.readouterr().out and caplog.text == ""
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_on_a_gpu_batches_are_close_to_the_torch_loaders(kind: str, index: Index) -> None:
@@ -220,9 +405,10 @@ def test_auto_takes_dali_and_the_run_is_the_same(
     train_tiny: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_tiny("name=torch", "epochs=1") == 0  # without workers
-    assert capsys.readouterr().out.count("loader     torch\n") == 1
+    assert re.findall("^loader .*", capsys.readouterr().out, re.M) == ["loader     torch, in the training process"]
     assert train_tiny("name=dali", "epochs=1", "data.workers=1") == 0
-    assert capsys.readouterr().out.count("loader     dali\n") == 1
+    printed = capsys.readouterr().out
+    assert re.findall("^loader .*", printed, re.M) == ["loader     dali, 1 thread per rank, prefetch 2"]
     metrics = [Path("outputs", name, "metrics.csv").read_text() for name in ("torch", "dali")]
     assert metrics[0] == metrics[1]
 

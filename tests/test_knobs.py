@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_evaluation import random_network
 
+from data.dali_loader import dali_installed
 from repghost.run import WHERE_AND_HOW_FAST, flat
 
 Program = Callable[..., int]
@@ -107,6 +108,16 @@ def loader(built: Built) -> Any:
     return built.data.val_dataloader()
 
 
+def of_dali(option: str) -> Callable[[Built], Any]:
+    """What the DALI loader is given: tests/test_dali_loader.py shows what it does with it."""
+
+    def given(built: Built) -> Any:
+        built.data.loader = "dali"
+        return getattr(loader(built).options, option)
+
+    return given
+
+
 def saves(built: Built) -> Any:
     (callback,) = (c for c in built.trainer.checkpoint_callbacks or built.trainer.callbacks if hasattr(c, "signals"))  # type: ignore[attr-defined]
     return {name: value for name, value in vars(callback).items() if isinstance(value, int | float)}, vars(
@@ -121,11 +132,16 @@ BUILT: dict[str, tuple[str, Callable[[Built], Any]]] = {
     "channels_last": ("false", lambda b: b.classifier.model.conv_head.weight.stride()),
     "data.workers": ("3", lambda b: loader(b).num_workers),
     "data.prefetch": ("3", lambda b: loader(b).prefetch_factor),
+    "data.readers": ("3", of_dali("readers")),
+    "data.hw_decoder_load": ("0.9", of_dali("hw_decoder_load")),
+    "data.thread_affinity": ("false", of_dali("thread_affinity")),
     "data.eval_batch_size": ("4", lambda b: len(loader(b))),
     "trainer.threads": ("3", lambda _: torch.get_num_threads()),
     "checkpoint.minutes": ("3", saves),
     "checkpoint.exit_code": ("3", saves),
 }
+DALI_ONLY = {"data.readers", "data.hw_decoder_load", "data.thread_affinity"}
+needs_dali = pytest.mark.skipif(not dali_installed(), reason="nvidia-dali is made for Linux on x86-64")
 # The key, and the files of a run that has all of these.
 FILES = {
     "results": ("results=there/r.csv", "there/r.csv"),
@@ -199,7 +215,7 @@ def build(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("key", BUILT)
+@pytest.mark.parametrize("key", [pytest.param(key, marks=needs_dali if key in DALI_ONLY else ()) for key in BUILT])
 def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built]) -> None:
     value, observed = BUILT[key]
     before = observed(build())

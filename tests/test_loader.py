@@ -5,7 +5,8 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import current_process, get_context
 from pathlib import Path
@@ -20,9 +21,11 @@ from images import encoded, patch
 from PIL import Image
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from data import datamodule
 from data.crops import CenterCrops, RandomCrops
 from data.index import Index, load_index
-from data.reader import BadImage, LoaderOptions, ShardReader, decode
+from data.loader_plan import plan_loader
+from data.reader import BadImage, LoaderOptions, ShardReader, decode, timed
 from data.sampling import NUM_UNIFORMS, RankSampler
 from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
 from repghost import machine
@@ -245,6 +248,60 @@ def shares(rank: int, store: Path) -> list[int]:
 def test_the_ranks_of_a_machine_share_its_cores(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         assert list(pool.map(shares, range(2), [tmp_path / "store"] * 2)) == [[3, 2, 1, 3, 3, 2]] * 2
+
+
+ON_GPU = {"on_gpu": True, "has_dali": True}
+PLANS: dict[str, tuple[tuple[str, int | str, int | str], dict[str, Any], str]] = {
+    "a node of GPUs": (("auto", "auto", "auto"), {**ON_GPU, "cores": 16}, "dali, 13 threads and 2 readers"),
+    "few cores": (("auto", "auto", "auto"), {**ON_GPU, "cores": 4}, "dali, 2 threads and 1 reader"),
+    "two cores": (("auto", "auto", "auto"), {**ON_GPU, "cores": 2}, "dali, 1 thread and 1 reader"),
+    "one core": (("auto", "auto", "auto"), {**ON_GPU, "cores": 1}, "dali, 1 thread"),
+    "as said": (("auto", 3, 5), {**ON_GPU, "cores": 16}, "dali, 3 threads and 5 readers"),
+    "no readers": (("dali", "auto", 0), {**ON_GPU, "cores": 16}, "dali, 15 threads"),
+    "torch": (("torch", "auto", "auto"), {**ON_GPU, "cores": 16}, "torch, 16 workers"),
+    "without the package": (("auto", "auto", 3), {**ON_GPU, "has_dali": False, "cores": 2}, "torch, 2 workers"),
+    "a CPU": (("auto", "auto", "auto"), {"on_gpu": False, "has_dali": True, "cores": 8}, "dali, 8 threads"),
+    "a CPU with readers": (
+        ("auto", 1, 1),
+        {"on_gpu": False, "has_dali": True, "cores": 8},
+        "dali, 1 thread and 1 reader",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_the_plan_of_a_machine(case: str) -> None:
+    (kind, workers, readers), facts, said = PLANS[case]
+    assert str(plan_loader(kind, workers, readers, 2, **facts)) == f"{said} per rank, prefetch 2"
+
+
+def test_without_workers_nothing_runs_beside_the_training() -> None:
+    plan = plan_loader("auto", 0, "auto", 2, **ON_GPU, cores=16)  # type: ignore[arg-type]
+    assert str(plan) == "torch, in the training process"
+
+
+def test_a_run_on_one_of_several_gpus_leaves_cores_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datamodule, "cpus_per_rank", lambda: 64)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert datamodule.cores_of_a_rank(on_gpu=True, ranks=1) == 16
+    assert datamodule.cores_of_a_rank(on_gpu=True, ranks=4) == 64
+    assert datamodule.cores_of_a_rank(on_gpu=False, ranks=1) == 64
+
+
+def test_the_time_until_batches_arrive_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    loader = SimpleNamespace(seconds_waited=1.0)
+
+    def arriving() -> Iterator[int]:
+        for seconds in (2, 3):
+            clock[0] += seconds
+            yield seconds
+        clock[0] += 4  # nothing more: that, too, takes its time
+
+    for _ in timed(arriving(), loader):
+        clock[0] += 100  # a step
+    assert loader.seconds_waited == 1 + 2 + 3 + 4
 
 
 @pytest.mark.parametrize("quota", [1, 2])

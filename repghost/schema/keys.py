@@ -22,6 +22,7 @@ from repghost.schema.values import (
     Path,
     Positive,
     Positives,
+    Processes,
     Report,
     Share,
     ShareAboveZero,
@@ -41,9 +42,7 @@ class Shared(Part):
     """What training and evaluation share: conf/base.yaml."""
 
     results: Path = key("CSV file to which every finished evaluation appends a row")
-    loader: Literal["auto", "dali", "torch"] = key(
-        "what decodes images; auto: DALI where its package is installed, unless data.workers is 0"
-    )
+    loader: Literal["auto", "dali", "torch"] = key("what decodes; auto: dali where installed, unless data.workers is 0")
     deterministic: bool = key("use deterministic algorithms only")
 
 
@@ -57,10 +56,11 @@ class ShardFolder(Part):
     val: Path | None = key("validation shards of others: a glob or name-{0000..0063}.tar, in data.root")
     class_names: Path | None = key("text file with a class name a line, for shards of others")
     cache: Path = key("folder for downloads, indexes of others' shards and compiled code")
-    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=512)] = key(
-        "decoding processes (torch) or threads (dali) of a rank; auto: its share of the cores that the job may use"
-    )
-    prefetch: Annotated[int, Field(ge=1, le=1024)] = key("batches that a worker is ahead")
+    workers: Processes = key("processes (torch) or threads (dali) of a rank that decode; auto: its share of the cores")
+    readers: Processes = key("processes of a rank that read for dali; 0: a thread does; auto: 1 or 2 on a GPU, else 0")
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = key("batches that a worker, or dali, is ahead")
+    hw_decoder_load: Share = key("dali on a GPU: share of a batch that its JPEG decoder takes, where it has one")
+    thread_affinity: bool = key("dali on a GPU: keep the threads that decode on the cores of its socket")
     eval_batch_size: Annotated[int, Field(ge=1, le=16384)] = key("images per device and batch in evaluation")
     crop_fraction: ShareAboveZero = key("centre crop of evaluation, as a share of the resized image's shorter side")
     loader: Any = follows("loader")

@@ -48,6 +48,7 @@ FolderName = Annotated[
     Field(json_schema_extra={"format": "text", "words": "the name of a folder, at most 255 bytes, without /"}),
 ]
 Count = Annotated[int, Field(ge=1)]
+Processes = Literal["auto"] | Annotated[int, Field(ge=0, le=512)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -4,11 +4,12 @@ Whatever goes wrong in W&B or TensorBoard, the training goes on.
 Check: `pytest tests/test_train.py tests/test_sweep.py`.
 """
 
+import csv
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
@@ -24,6 +25,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from repghost.dataset import DataModule
 from repghost.figures import draw_curve
 from repghost.files import atomic_write, rows_as_csv, write_text
 from repghost.reference import Row, standing
@@ -130,8 +132,11 @@ def make_logger(config: DictConfig | None, directory: Path) -> list[Logger]:
 class RunFiles(Callback):
     """Writes metrics.csv (reproducible, rewritten from the history), timing.csv and curve.png; prints epoch lines.
 
-    Hands config.yaml to the loggers when the training begins. `official` is the reference curve to compare with,
-    `epoch_seconds` what an epoch of this process took, with its validation: the median, None before the first ended.
+    The line says for which share of the time the training waited for data: hardly any where its step is what bounds it,
+    more where the loader does. On a GPU the work that is queued meanwhile is not taken off: that would take a
+    synchronization. Hands config.yaml to the loggers when the training begins. `official` is the reference curve to
+    compare with, `epoch_seconds` what an epoch of this process took, with its validation: the median, None before the
+    first ended.
     """
 
     def __init__(self, directory: Path, curve_seconds: float) -> None:
@@ -152,6 +157,7 @@ class RunFiles(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
         self._batches = 0
+        self._waited_before = _seconds_waited(trainer)
 
     on_train_start = on_train_epoch_start  # which an epoch that is entered in its middle does not call
 
@@ -172,16 +178,16 @@ class RunFiles(Callback):
             self.epoch_seconds = median(self._measured)
         left = ((trainer.max_epochs or 0) - epoch - 1) * (self.epoch_seconds or 0)
         speed = self._batches * pl_module.images_per_batch / seconds
+        waited = min(1.0, (_seconds_waited(trainer) - self._waited_before) / seconds)
         write_text(self._directory / "metrics.csv", rows_as_csv(pl_module.history))
         timing = {
             "epoch": row["epoch"],
             "train_seconds": round(seconds, 2),
             "images_per_second": round(speed, 1),
             "validation_seconds": round(now - self._validating, 2),
+            "waited_for_data": round(waited, 4),
         }
-        with open(self._directory / "timing.csv", "a") as file:
-            header, _, line = rows_as_csv([timing]).partition("\n")
-            file.write(line if file.tell() else f"{header}\n{line}")
+        append_row(self._directory / "timing.csv", timing)
         if self.official and epoch in self.official:
             official = {f"official_{k}": v for k, v in self.official[epoch].items() if k != "epoch"}
             for logger in trainer.loggers:
@@ -192,6 +198,7 @@ class RunFiles(Callback):
             f"epoch {epoch + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
             f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s"
             + (f"  {duration(left)} left" if left else "")
+            + f"  waited {waited:.0%} for data"
             + (f"  {standing(row, self.official)}" if self.official else ""),
             flush=True,
         )
@@ -203,6 +210,25 @@ class RunFiles(Callback):
             with atomic_write(self._directory / "curve.png") as file:
                 draw_curve(pl_module.history, self.official, file)
         self._curve_drawn = time.perf_counter()
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends a row to a CSV file; one of an earlier version, without some of its columns, gets them, empty."""
+    header, _, line = rows_as_csv([row]).partition("\n")
+    with open(path, "a+", newline="", errors="replace") as file:
+        file.seek(0)
+        before = file.readline()
+        if before.rstrip("\r\n") == header:
+            file.write(line)
+            return
+        file.seek(0)
+        rows = [{column: old.get(column) for column in row} for old in csv.DictReader(file)]
+    write_text(path, rows_as_csv([*rows, row], list(row)))
+
+
+def _seconds_waited(trainer: pl.Trainer) -> float:
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return float(datamodule.seconds_waited) if isinstance(datamodule, DataModule) else 0.0
 
 
 class SpeedBar(TQDMProgressBar):

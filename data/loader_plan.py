@@ -1,0 +1,53 @@
+"""How many threads and processes a rank's loaders have, and how far they are ahead: from what the machine has.
+
+Check: `pytest tests/test_loader.py -k plan`.
+"""
+
+from dataclasses import dataclass
+
+CORES_FOR_TWO_READERS = 8
+
+
+@dataclass(frozen=True)
+class LoaderPlan:
+    """loader: `dali` or `torch`. workers, readers, prefetch: as in data.reader.LoaderOptions."""
+
+    loader: str
+    workers: int
+    readers: int
+    prefetch: int
+
+    def __str__(self) -> str:
+        ahead = f"prefetch {self.prefetch}"
+        if self.loader == "dali" and self.readers:
+            return f"dali, {_count(self.workers, 'thread')} and {_count(self.readers, 'reader')} per rank, {ahead}"
+        if self.loader == "dali":
+            return f"dali, {_count(max(1, self.workers), 'thread')} per rank, {ahead}"
+        if self.workers:
+            return f"torch, {_count(self.workers, 'worker')} per rank, {ahead}"
+        return "torch, in the training process"
+
+
+def plan_loader(
+    loader: str, workers: int | str, readers: int | str, prefetch: int, *, cores: int, on_gpu: bool, has_dali: bool
+) -> LoaderPlan:
+    """The plan for the values of conf, each of which may be `auto` but for prefetch.
+
+    cores: that a rank may use. on_gpu: whether it trains on one. has_dali: whether its package is installed.
+    """
+    if loader == "auto":
+        # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
+        loader = "dali" if has_dali and workers != 0 else "torch"
+    if loader == "torch":
+        readers = 0
+    elif readers == "auto":
+        # On a GPU the training process has the kernels to launch. On a CPU a process more would take a core from it.
+        readers = (2 if cores >= CORES_FOR_TWO_READERS else min(1, cores - 1)) if on_gpu else 0
+    if workers == "auto":
+        # The core that launches kernels and those of the readers are not DALI's.
+        workers = max(1, cores - 1 - int(readers)) if loader == "dali" and on_gpu else cores
+    return LoaderPlan(loader, int(workers), int(readers), prefetch)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
