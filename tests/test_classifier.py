@@ -29,6 +29,7 @@ RUN: dict[str, Any] = {
     "freeze_epochs": 0,
     "channels_last": False,
     "compile": False,
+    "compile_mode": "default",
     "seed": 0,
 }
 

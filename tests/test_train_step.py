@@ -43,15 +43,18 @@ def trained(steps: int, **options: object) -> ImageClassifier:
     return classifier
 
 
-def test_the_step_is_one_graph_and_compiled_once(monkeypatch: pytest.MonkeyPatch, train_tiny: Program) -> None:
+def test_step_and_validation_are_a_graph_each_and_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, train_tiny: Program
+) -> None:
     # Graphs are those of every backend; this one does without a compiler, which this machine may not have.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("repghost.training.trainer.compiles", lambda wanted, device: wanted)
+    monkeypatch.setattr("repghost.training.classifier.compiles", lambda wanted, device: wanted)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert train_tiny("compile=true") == 0  # two epochs, with validations between them
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -32,8 +32,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from repghost.description import KEY, Description
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
-from repghost.training.classifier import HostCopy, ImageClassifier
+from repghost.training.classifier import ImageClassifier
 from repghost.training.internals import rescale_batches, restart_validation
+from repghost.training.reduction import GO_ON, SAVE, STOP, Requests
 from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
@@ -46,9 +47,6 @@ FORMAT = 2
 _SECONDS_UNTIL_SEEN = 10.0  # what a rank writes, by the others
 
 _TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
-
-# What a rank requests at the end of a batch; all ranks follow the largest request.
-GO_ON, SAVE, STOP = 0, 1, 2
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -146,9 +144,9 @@ class Checkpoints(Checkpoint):
         self._folder = folder
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
-        self._request: HostCopy | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._requests = Requests(self._request, trainer.world_size, trainer.strategy.root_device)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
         if stage == "fit" and trainer.world_size > 1:
@@ -158,6 +156,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             require_room(self._folder, _classifier(trainer))
         self.signals.deferred = True
+        _classifier(trainer).requests = self._requests
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
@@ -174,6 +173,7 @@ class Checkpoints(Checkpoint):
             self._save_or_stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._requests.exchange()
         self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,32 +187,25 @@ class Checkpoints(Checkpoint):
                 _copy(self._folder / first, self._folder / name)
         trainer.strategy.barrier()
 
+    def _request(self) -> int:
+        """What this rank requests now."""
+        if self.signals.received:
+            return STOP
+        return SAVE if time.monotonic() - self._saved >= self._seconds else GO_ON
+
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
-        due = time.monotonic() - self._saved >= self._seconds
-        request = self._all_reduce(trainer, STOP if self.signals.received else SAVE if due else GO_ON)
+        request = self._requests.largest()
         if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
             self._save(trainer, LAST)
         if request == STOP:
             print_rank_zero("stopped by a signal; the same command goes on from here")
             self.signals.stop()
 
-    def _all_reduce(self, trainer: pl.Trainer, request: int) -> int:
-        """The largest request of all ranks, the same on each; with several ranks that of the previous batch.
-
-        The answer is read a batch later because reading it at once would make the host wait for the GPU.
-        """
-        if trainer.world_size == 1:
-            return request
-        largest = torch.tensor(request, device=trainer.strategy.root_device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        previous, self._request = self._request, HostCopy(largest)
-        return GO_ON if previous is None else int(previous.read())
-
     def _save(self, trainer: pl.Trainer, name: str) -> None:
         _classifier(trainer).require_finite_loss()
         trainer.save_checkpoint(self._folder / name)
         self._saved = time.monotonic()
-        self._request = None  # fulfilled
+        self._requests.clear()  # fulfilled
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
