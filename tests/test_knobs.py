@@ -125,6 +125,8 @@ BUILT: dict[str, tuple[str, Callable[[Built], Any]]] = {
     "trainer.threads": ("3", lambda _: torch.get_num_threads()),
     "checkpoint.minutes": ("3", saves),
     "checkpoint.exit_code": ("3", saves),
+    "checkpoint.background": ("true", saves),
+    "compile_mode": ("reduce-overhead", lambda b: b.classifier._compile_mode),
 }
 # The key, and the files of a run that has all of these.
 FILES = {

@@ -20,7 +20,7 @@ from repghost.errors import UserError
 from repghost.model import repghostnet
 from repghost.training.classifier import ImageClassifier
 from repghost.training.ema import WeightAverage
-from repghost.training.trainer import compiles, keep_compiled
+from repghost.training.trainer import compile_step, compiles, keep_compiled
 
 Program = Callable[..., int]
 CPU = torch.device("cpu")
@@ -57,14 +57,29 @@ def test_step_and_validation_are_a_graph_each_and_compiled_once(
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
+@needs_compiler
 @pytest.mark.slow
-def test_a_compiled_step_trains_the_same_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_trains_the_same_network(mode: str) -> None:
     eager = trained(3, compile=False)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    compiled = trained(3, compile=True)
+    compiled = trained(3, compile=True, compile_mode=mode)
     for mine, theirs in ((eager.model, compiled.model), (eager.ema.model, compiled.ema.model)):
         for name, tensor in mine.state_dict().items():
             torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cuda_graphs_are_asked_for_and_their_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, buffer = [], torch.zeros(())
+
+    def compile(function: Callable[..., torch.Tensor], **options: object) -> Callable[..., torch.Tensor]:
+        assert options["mode"] == "reduce-overhead"
+        return lambda *arguments: buffer.copy_(function(*arguments))  # as a replay, which writes there every time
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
+    step = compile_step(torch.neg, "reduce-overhead")
+    outputs = [step(torch.tensor(value)) for value in (1.0, 2.0)]
+    assert outputs == [-1, -2] and len(begun) == 2
 
 
 def test_auto_compiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ class Checkpoints(Part):
     exit_code: Annotated[int, Field(ge=1, le=255)] = key(
         "of a run that SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 ended, saved, at the end of a batch"
     )
+    background: Literal["auto"] | bool = key("a thread writes checkpoints while the training goes on; auto: on GPUs")
 
 
 class Model(Part):

@@ -6,7 +6,9 @@ validation images. What follows the last save, the evaluation, is done again on 
 checkpoint that is saved during a validation resumes at the beginning of that validation.
 
 Files are written whole or not at all, their records carry checksums (the CRC32 of the zip format that torch.save
-writes), and they are read with `weights_only=True`, so that nothing in them is executed.
+writes), and they are read with `weights_only=True`, so that nothing in them is executed. With `background` the run
+goes on while a thread writes a copy in host memory, one file at a time and in the same order; a run that ends by itself
+or by a signal waits for it.
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
@@ -16,6 +18,8 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from repghost.description import KEY, Description
 from repghost.errors import UserError, print_rank_zero
@@ -50,11 +56,34 @@ _TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk, through `atomic_write` and `read_checkpoint`."""
+    """Lightning's way to the disk, through `atomic_write` and `read_checkpoint`.
+
+    background: `save_checkpoint` returns when the state is copied to host memory; a thread writes it.
+    """
+
+    background = False
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._write: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with atomic_write(path, keep=_kept(Path(path))) as file:
-            torch.save({**checkpoint, "format": FORMAT}, file)
+        """Writes `path`, then copies of it under the names in `storage_options`, in this order.
+
+        With `background`, raises what went wrong with the file before, as `wait` does, and starts the next one.
+        """
+        content, names = {**checkpoint, "format": FORMAT}, storage_options or ()
+        if not self.background:
+            _write(content, Path(path), names)
+            return
+        self.wait()
+        self._write = self._thread.submit(_write, apply_to_collection(content, Tensor, _on_host), Path(path), names)
+
+    def wait(self, at_most_look: bool = False) -> None:
+        """Waits for what is being written, and raises what went wrong; at_most_look: only if it is over."""
+        if self._write is not None and (self._write.done() or not at_most_look):
+            write, self._write = self._write, None
+            write.result()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         content = read_checkpoint(path)
@@ -64,6 +93,17 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _write(content: dict[str, Any], path: Path, copies: Sequence[str]) -> None:
+    with atomic_write(path, keep=_kept(path)) as file:
+        torch.save(content, file)
+    for name in copies:
+        _copy(path, path.with_name(name))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -129,24 +169,27 @@ def _is_listed(path: Path) -> bool:
 class Checkpoints(Checkpoint):
     """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and the best epochs.
 
-    signals: to be entered around the training, see StopSignals. description: of the network, which every checkpoint
-    says of itself; None until it is known.
+    background: whether a thread writes the files, `auto` for on a GPU, which would wait for them; on a CPU the thread
+    would take its time from the training. signals: to be entered around the training, see StopSignals. description: of
+    the network, which every checkpoint says of itself; None until it is known.
     """
 
     description: Description | None = None
 
-    def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
+    def __init__(self, folder: Path, minutes: float, exit_code: int, background: bool | str) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
         # Who started the ranks speaks for them.
         started = multiprocessing.parent_process() is not None
         self.signals = StopSignals(exit_code, quiet=started or rank_zero_only.rank != 0)  # type: ignore[attr-defined]
         self._folder = folder
-        self._seconds = 60 * minutes
+        self._seconds, self._background = 60 * minutes, background
         self._saved = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._requests = Requests(self._request, trainer.world_size, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        self._requests = Requests(self._request, trainer.world_size, device)
+        _files(trainer).background = device.type == "cuda" if self._background == "auto" else bool(self._background)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
         if stage == "fit" and trainer.world_size > 1:
@@ -180,12 +223,14 @@ class Checkpoints(Checkpoint):
         # last.ckpt comes last: a process that dies before it trains the rest of the epoch again, and saves all again.
         history = _classifier(trainer).history
         best = [name for name, column in BEST.items() if history[-1][column] >= max(row[column] for row in history)]
-        first, *copies = [*best, LAST]
-        self._save(trainer, first)
-        if trainer.is_global_zero:
-            for name in copies:
-                _copy(self._folder / first, self._folder / name)
-        trainer.strategy.barrier()
+        self._save(trainer, *best, LAST)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wait(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with suppress(OSError):  # what ends the run was before it
+            _files(trainer).wait()
 
     def _request(self) -> int:
         """What this rank requests now."""
@@ -194,18 +239,25 @@ class Checkpoints(Checkpoint):
         return SAVE if time.monotonic() - self._saved >= self._seconds else GO_ON
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
+        _files(trainer).wait(at_most_look=True)
         request = self._requests.largest()
         if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
             self._save(trainer, LAST)
         if request == STOP:
+            self._wait(trainer)
             print_rank_zero("stopped by a signal; the same command goes on from here")
             self.signals.stop()
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, name: str, *copies: str) -> None:
         _classifier(trainer).require_finite_loss()
-        trainer.save_checkpoint(self._folder / name)
+        trainer.save_checkpoint(self._folder / name, storage_options=copies)
         self._saved = time.monotonic()
         self._requests.clear()  # fulfilled
+
+    def _wait(self, trainer: pl.Trainer) -> None:
+        """Returns on all ranks when the files are written."""
+        _files(trainer).wait()
+        trainer.strategy.barrier()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
@@ -232,3 +284,8 @@ def _kept(path: Path) -> str | None:
 def _classifier(trainer: pl.Trainer) -> ImageClassifier:
     assert isinstance(trainer.lightning_module, ImageClassifier)
     return trainer.lightning_module
+
+
+def _files(trainer: pl.Trainer) -> AtomicCheckpointIO:
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    return trainer.strategy.checkpoint_io
