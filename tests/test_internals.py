@@ -110,6 +110,16 @@ def test_torch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(targets, values, strict=True))
 
 
+def test_lightning_notes_the_hook_that_runs_in_its_module() -> None:
+    module = internals.LightningModule()
+    module._current_fx_name = "training_step"
+    assert vars(module)["_current_fx_name"] == "training_step" and module._current_fx_name == "training_step"
+    module.layer = torch.nn.Linear(1, 1)
+    assert len(list(module.parameters())) == 2
+    hook = inspect.getsource(pl.trainer.call._call_lightning_module_hook)
+    assert "pl_module._current_fx_name = hook_name" in hook
+
+
 def test_inductor_has_a_rank_s_share_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = torch._inductor.config
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,12 +23,13 @@ from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
 from repghost.training.batchnorm import BatchCounts
 from repghost.training.ema import WeightAverage, ema_decay
+from repghost.training.internals import LightningModule
 from repghost.training.reduction import HostCopy, RankAverage, Requests, steps_ahead
 from repghost.training.schedule import epoch_learning_rate
 from repghost.training.trainer import compile_step, compiles
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(LightningModule):
     """Trains `model` by a recipe; `ema.model` is its average, `history` the rows of metrics.csv.
 
     recipe: the `recipe` block of a run's config. batch_size: global. compile, compile_mode: of the training step and

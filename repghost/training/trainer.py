@@ -10,7 +10,7 @@ import shutil
 import struct
 import sysconfig
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from filelock import FileLock
 from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -37,6 +38,7 @@ from repghost.training.internals import (
 )
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_NOTHING = nullcontext()
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3), from malloc.h
 
 
@@ -87,7 +89,7 @@ def make_trainer(
         use_distributed_sampler=False,  # the data module knows the ranks
         num_sanity_val_steps=0,  # it would start the loaders before a resumed run's position is known
         enable_model_summary=False,
-        **{"logger": False, **options},
+        **{"logger": False, **options, "profiler": options.get("profiler") or _NoProfiler()},
     )
     disable_signal_handling(trainer)
     return trainer
@@ -105,6 +107,13 @@ def _set_up_process(accelerator: str, threads: int | None, distributed: bool) ->
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for library in ("pytorch_lightning", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Measures nothing, at a fraction of what Lightning's takes for it, around 84 actions a step."""
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return _NOTHING
 
 
 class _Threads(pl.Callback):
