@@ -7,6 +7,8 @@ import resource
 import shutil
 import struct
 import tarfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,9 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kill import differences
 from repghost.errors import DISK_FULL, UserError, user_message
 from repghost.files import atomic_write, remove_leftovers
 from repghost.run import read_config
+from repghost.training import checkpoint
 from repghost.training.checkpoint import FORMAT, LAST, PREVIOUS, AtomicCheckpointIO, resume_point
 from repghost.weights import read_checkpoint, read_weights
 
@@ -76,11 +80,12 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_the_checkpoint_before(tmp_path:
     assert equal(read_checkpoint(path), content(2))
 
 
+@pytest.mark.parametrize("background", ["false", "true"])
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(
-    train_tiny: Program, capsys: pytest.CaptureFixture[str]
+    train_tiny: Program, capsys: pytest.CaptureFixture[str], background: str
 ) -> None:
     with files_end_at(100_000):
-        assert train_tiny("name=a", "epochs=1") == 2
+        assert train_tiny("name=a", "epochs=1", f"checkpoint.background={background}") == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: outputs/a/checkpoints/best_raw.ckpt: File too large"), line
     assert len(line.splitlines()) == 1 and not list(Path("outputs").rglob("*.ckpt"))
@@ -125,6 +130,59 @@ def test_files_of_writers_that_live_are_left_alone(tmp_path: Path) -> None:
         assert path.read_bytes() == b"second"
     assert path.read_bytes() == b"first"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+# -- in the background -------------------------------------------------------------------------------------------------
+
+
+def background() -> AtomicCheckpointIO:
+    files = AtomicCheckpointIO()
+    files.background = True
+    return files
+
+
+def test_a_thread_writes_what_the_state_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, files, saved = threading.Event(), background(), content(1)
+    write = checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *arguments: go_on.wait(60) and write(*arguments))
+    files.save_checkpoint(saved, tmp_path / "best_raw.ckpt", ["best_ema.ckpt", LAST])
+    files.wait(at_most_look=True)
+    saved["state_dict"]["layer0.weight"].zero_()  # the training goes on
+    saved["history"].append({"epoch": 2})
+    assert not list(tmp_path.iterdir())
+    go_on.set()
+    files.wait()
+    for name in ("best_raw.ckpt", "best_ema.ckpt", LAST):
+        assert equal(read_checkpoint(tmp_path / name), content(1))
+    files.save_checkpoint(content(2), tmp_path / LAST)
+    files.save_checkpoint(content(3), tmp_path / LAST)  # after the one before
+    files.wait()
+    assert equal(read_checkpoint(tmp_path / LAST), content(3))
+    assert equal(read_checkpoint(tmp_path / PREVIOUS), content(2))
+
+
+@pytest.mark.parametrize("next_call", ["look", "save"])
+def test_a_thread_that_cannot_write_is_heard_of(tmp_path: Path, next_call: str) -> None:
+    path, files = save(tmp_path, 0), background()
+    with files_end_at(100):
+        files.save_checkpoint(content(1), tmp_path / "best_ema.ckpt", [LAST])
+        while files._write is not None and not files._write.done():
+            time.sleep(0.01)
+    with pytest.raises(OSError) as caught:
+        if next_call == "look":
+            files.wait(at_most_look=True)
+        else:
+            files.save_checkpoint(content(2), path)
+    assert caught.value.errno in DISK_FULL and "best_ema.ckpt" in str(user_message(caught.value))
+    files.wait()
+    assert equal(read_checkpoint(path), content(0)) and [file.name for file in tmp_path.iterdir()] == [LAST]
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_a_thread_writes_comes_to_the_same(train_tiny: Program) -> None:
+    for value in ("false", "true"):
+        assert train_tiny(f"name={value}", "checkpoint.minutes=1e-6", f"checkpoint.background={value}") == 0
+    assert differences(Path("outputs/false"), Path("outputs/true")) == []
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,6 @@ SOURCES = {
         "pytorch_lightning.trainer.connectors.data_connector",
         "does not have many workers",
     ),
-    "broadcast_buffers": ("torch.nn.parallel.distributed", "`broadcast_buffers` is deprecated"),
     "functional.all_gather": (
         "torch.distributed.nn.functional",
         "torch.distributed.nn.functional.{name} is deprecated",
@@ -105,9 +104,31 @@ def test_torch() -> None:
     internals.choose_kernels_by_rule(before)
     assert Path(internals.default_cache_dir()).is_absolute()
     assert internals.has_triton() in (True, False)
+    assert callable(internals.share_initial_state)
     targets, values = [torch.zeros(2), torch.zeros(3, dtype=torch.int64)], [torch.ones(2), torch.arange(3)]
     internals.copy_all(targets, values)
     assert all(torch.equal(a, b) for a, b in zip(targets, values, strict=True))
+
+
+def test_lightning_notes_the_hook_that_runs_in_its_module() -> None:
+    module = internals.LightningModule()
+    module._current_fx_name = "training_step"
+    assert vars(module)["_current_fx_name"] == "training_step" and module._current_fx_name == "training_step"
+    module.layer = torch.nn.Linear(1, 1)
+    assert len(list(module.parameters())) == 2
+    hook = inspect.getsource(pl.trainer.call._call_lightning_module_hook)
+    assert "pl_module._current_fx_name = hook_name" in hook
+
+
+def test_inductor_has_a_rank_s_share_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = torch._inductor.config
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    with config.patch(compile_threads=20):
+        internals.limit_compile_threads(3)
+        assert config.compile_threads == 3
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")  # the user's, which torch has read
+        internals.limit_compile_threads(5)
+        assert config.compile_threads == 3
 
 
 def test_hydra_and_its_launcher_for_slurm() -> None:

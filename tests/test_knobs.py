@@ -139,6 +139,8 @@ BUILT: dict[str, tuple[str, Callable[[Built], Any]]] = {
     "trainer.threads": ("3", lambda _: torch.get_num_threads()),
     "checkpoint.minutes": ("3", saves),
     "checkpoint.exit_code": ("3", saves),
+    "checkpoint.background": ("true", saves),
+    "compile_mode": ("reduce-overhead", lambda b: b.classifier._compile_mode),
 }
 DALI_ONLY = {"data.readers", "data.hw_decoder_load", "data.thread_affinity"}
 needs_dali = pytest.mark.skipif(not dali_installed(), reason="nvidia-dali is made for Linux on x86-64")

@@ -126,7 +126,7 @@ CUTS = {
     "before the checkpoint of an epoch": (RunFiles, "on_train_epoch_end", lambda *_: True),
     "between the best epochs and the last": (checkpoint, "_copy", lambda _, path: path.name == "best_ema.ckpt"),
     "before metrics.csv is written": end_of("on_validation_epoch_end", 1),
-    "after the very last": (Checkpoints, "_save", lambda _, trainer, name: trainer.current_epoch == 1),
+    "after the very last": (Checkpoints, "_save", lambda _, trainer, *names: trainer.current_epoch == 1),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from helpers import needs_compiler
 from runs import PowerCut, cut_after
 from test_classifier import classifier_of
+from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks import train_step
@@ -20,7 +21,7 @@ from repghost.errors import UserError
 from repghost.model import repghostnet
 from repghost.training.classifier import ImageClassifier
 from repghost.training.ema import WeightAverage
-from repghost.training.trainer import compiles, keep_compiled
+from repghost.training.trainer import compile_step, compiles, keep_compiled
 
 Program = Callable[..., int]
 CPU = torch.device("cpu")
@@ -43,15 +44,18 @@ def trained(steps: int, **options: object) -> ImageClassifier:
     return classifier
 
 
-def test_the_step_is_one_graph_and_compiled_once(monkeypatch: pytest.MonkeyPatch, train_tiny: Program) -> None:
+def test_step_and_validation_are_a_graph_each_and_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, train_tiny: Program
+) -> None:
     # Graphs are those of every backend; this one does without a compiler, which this machine may not have.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("repghost.training.trainer.compiles", lambda wanted, device: wanted)
+    monkeypatch.setattr("repghost.training.classifier.compiles", lambda wanted, device: wanted)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert train_tiny("compile=true") == 0  # two epochs, with validations between them
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.slow
@@ -62,6 +66,42 @@ def test_a_compiled_step_trains_the_same_network(monkeypatch: pytest.MonkeyPatch
     for mine, theirs in ((eager.model, compiled.model), (eager.ema.model, compiled.ema.model)):
         for name, tensor in mine.state_dict().items():
             torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cuda_graphs_are_asked_for_and_their_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, buffer = [], torch.zeros(())
+
+    def compile(function: Callable[..., torch.Tensor], **options: object) -> Callable[..., torch.Tensor]:
+        assert options["mode"] == "reduce-overhead"
+        return lambda *arguments: buffer.copy_(function(*arguments))  # as a replay, which writes there every time
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(None))
+    step = compile_step(torch.neg, "reduce-overhead")
+    outputs = [step(torch.tensor(value)) for value in (1.0, 2.0)]
+    assert outputs == [-1, -2] and len(begun) == 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_for_cuda_graphs_trains_the_same_network_on_a_cpu() -> None:
+    found = []
+    for mode in (None, "reduce-overhead"):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+        def loss(images: torch.Tensor, network: nn.Module = network) -> torch.Tensor:
+            return network(images).square().mean()
+
+        step = compile_step(loss, mode) if mode else loss
+        for seed in range(3):
+            step(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(network.state_dict())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
 def test_auto_compiles_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
+from repghost.schema.recipe import Recipe
 from repghost.schema.values import (
-    Colour,
     Convert,
     Count,
     FolderName,
@@ -21,13 +21,10 @@ from repghost.schema.values import (
     Partial,
     Path,
     Positive,
-    Positives,
     Processes,
     Report,
     Share,
     ShareAboveZero,
-    ShareBelowOne,
-    Shares,
     Std,
     Target,
     Text,
@@ -119,63 +116,7 @@ class Checkpoints(Part):
     exit_code: Annotated[int, Field(ge=1, le=255)] = key(
         "of a run that SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 ended, saved, at the end of a batch"
     )
-
-
-class Jitter(Part):
-    brightness: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - brightness, 1 + brightness]")
-    contrast: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - contrast, 1 + contrast]")
-    saturation: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - saturation, 1 + saturation]")
-
-
-class RandAugment(Part):
-    operations: Annotated[int, Field(ge=0, le=2)] = key("how many are drawn for an image")
-    magnitude: Annotated[float, Field(ge=0, le=10)] = key("mean level of an operation")
-    magnitude_std: Annotated[float, Field(ge=0, le=10)] = key("standard deviation of the level")
-    probability: Share = key("that a drawn operation is applied")
-    fill: Colour = key("colour of what a rotation or a shift uncovers")
-
-
-class Erase(Part):
-    probability: Share = key("that a rectangle of the image is replaced by noise")
-    area: Shares = key("range of the rectangle's share of the image")
-    aspect: Positives = key("range of the rectangle's height / width")
-
-
-class Augment(Part):
-    """`recipe.augment`."""
-
-    target: Target
-    flip: Share = key("probability of a horizontal flip")
-    jitter: Jitter | None = key("colour jitter of the narrower networks; null: none")
-    rand_augment: RandAugment | None = key("RandAugment of the wider networks (arXiv 1909.13719); null: none")
-    erase: Erase | None = key("random erasing (arXiv 1708.04896); null: none")
-    mean: Mean = key("mean of each channel, of pixels in [0, 1]")
-    std: Std = key("standard deviation of each channel, of pixels in [0, 1]")
-
-
-class Recipe(Part):
-    """`recipe` of conf/recipe."""
-
-    name: Text = key("of the recipe, for the run's name and its log")
-    learning_rate: Positive = key("the highest, for reference_batch_size, scaled linearly to batch_size")
-    start_learning_rate: NotNegative = key("of the first epoch of the warm-up, scaled likewise")
-    final_learning_rate: NotNegative = key("that the cosine ends with, scaled likewise")
-    reference_batch_size: Count = key("global batch size for which the learning rates are stated")
-    warmup_epochs: Annotated[int, Field(ge=0)] = key("epochs of linear warm-up, at most epochs")
-    momentum: ShareBelowOne = key("of SGD, in Nesterov's form")
-    weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
-    label_smoothing: ShareBelowOne = key("share of the target that is spread over all classes")
-    dropout: ShareBelowOne = key("before the classifier")
-    ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
-    ema_span: ShareAboveZero | None = key(
-        "the weight average's memory as a share of the run's steps; null: by ema_decay"
-    )
-    scale: Shares = key("share of the image's area that a random crop takes")
-    ratio: Positives = key("aspect of a random crop")
-    rand_augment_from_width: NotNegative | None = key(
-        "networks of this width or wider get recipe.augment.rand_augment, others the jitter; null: all get the jitter"
-    )
-    augment: Augment
+    background: Literal["auto"] | bool = key("a thread writes checkpoints while the training goes on; auto: on GPUs")
 
 
 class Model(Part):
@@ -192,6 +133,7 @@ class Classifier(Part):
     freeze_epochs: Any = follows("freeze_epochs")
     channels_last: Any = follows("channels_last")
     compile: Any = follows("compile")
+    compile_mode: Any = follows("compile_mode")
     seed: Any = follows("seed")
 
 
@@ -231,7 +173,10 @@ class Train(Shared):
     )
     channels_last: bool = key("memory format of images and weights")
     compile: Literal["auto"] | bool = key(
-        "torch.compile the training step, which takes a minute or two, once; auto: on GPUs"
+        "torch.compile training step and validation, which takes minutes, once; auto: on GPUs"
+    )
+    compile_mode: Literal["default", "reduce-overhead"] = key(
+        "reduce-overhead: the compiled step as CUDA graphs, for GPUs that wait for the host; takes more memory"
     )
     profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
     checkpoint: Checkpoints
@@ -259,6 +204,11 @@ class Train(Shared):
         if (recipe.ema_decay is None) == (recipe.ema_span is None):
             both = f"recipe.ema_decay={_text(recipe.ema_decay)}, recipe.ema_span={_text(recipe.ema_span)}"
             raise ValueError(f"{both}: give one, and null for the other")
+        if self.accumulate > 1 and self.compile_mode == "reduce-overhead":
+            raise ValueError(
+                f"accumulate={self.accumulate}: CUDA graphs overwrite the gradients that it adds up: "
+                "give compile_mode=default"
+            )
         if self.batch_size < 2 * self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate}: leaves less than two images of batch_size={self.batch_size} "

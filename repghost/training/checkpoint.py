@@ -6,7 +6,9 @@ validation images. What follows the last save, the evaluation, is done again on 
 checkpoint that is saved during a validation resumes at the beginning of that validation.
 
 Files are written whole or not at all, their records carry checksums (the CRC32 of the zip format that torch.save
-writes), and they are read with `weights_only=True`, so that nothing in them is executed.
+writes), and they are read with `weights_only=True`, so that nothing in them is executed. With `background` the run
+goes on while a thread writes a copy in host memory, one file at a time and in the same order; a run that ends by itself
+or by a signal waits for it.
 Check: `pytest tests/test_checkpoint.py tests/test_resume.py`, `python benchmarks/kill.py`.
 """
 
@@ -16,6 +18,8 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,16 +28,19 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from repghost.description import KEY, Description
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
-from repghost.training.classifier import HostCopy, ImageClassifier
+from repghost.training.classifier import ImageClassifier
 from repghost.training.internals import rescale_batches, restart_validation
+from repghost.training.reduction import GO_ON, SAVE, STOP, Requests
 from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
@@ -47,16 +54,36 @@ _SECONDS_UNTIL_SEEN = 10.0  # what a rank writes, by the others
 
 _TENSORS_OF_A_WEIGHT = 3  # in a checkpoint: it, its average, its momentum
 
-# What a rank requests at the end of a batch; all ranks follow the largest request.
-GO_ON, SAVE, STOP = 0, 1, 2
-
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's way to the disk, through `atomic_write` and `read_checkpoint`."""
+    """Lightning's way to the disk, through `atomic_write` and `read_checkpoint`.
+
+    background: `save_checkpoint` returns when the state is copied to host memory; a thread writes it.
+    """
+
+    background = False
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._write: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with atomic_write(path, keep=_kept(Path(path))) as file:
-            torch.save({**checkpoint, "format": FORMAT}, file)
+        """Writes `path`, then copies of it under the names in `storage_options`, in this order.
+
+        With `background`, raises what went wrong with the file before, as `wait` does, and starts the next one.
+        """
+        content, names = {**checkpoint, "format": FORMAT}, storage_options or ()
+        if not self.background:
+            _write(content, Path(path), names)
+            return
+        self.wait()
+        self._write = self._thread.submit(_write, apply_to_collection(content, Tensor, _on_host), Path(path), names)
+
+    def wait(self, at_most_look: bool = False) -> None:
+        """Waits for what is being written, and raises what went wrong; at_most_look: only if it is over."""
+        if self._write is not None and (self._write.done() or not at_most_look):
+            write, self._write = self._write, None
+            write.result()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         content = read_checkpoint(path)
@@ -66,6 +93,17 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _write(content: dict[str, Any], path: Path, copies: Sequence[str]) -> None:
+    with atomic_write(path, keep=_kept(path)) as file:
+        torch.save(content, file)
+    for name in copies:
+        _copy(path, path.with_name(name))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -131,24 +169,27 @@ def _is_listed(path: Path) -> bool:
 class Checkpoints(Checkpoint):
     """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and the best epochs.
 
-    signals: to be entered around the training, see StopSignals. description: of the network, which every checkpoint
-    says of itself; None until it is known.
+    background: whether a thread writes the files, `auto` for on a GPU, which would wait for them; on a CPU the thread
+    would take its time from the training. signals: to be entered around the training, see StopSignals. description: of
+    the network, which every checkpoint says of itself; None until it is known.
     """
 
     description: Description | None = None
 
-    def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
+    def __init__(self, folder: Path, minutes: float, exit_code: int, background: bool | str) -> None:
         if minutes <= 0:
             raise UserError(f"checkpoint.minutes={minutes}: more than zero")
         # Who started the ranks speaks for them.
         started = multiprocessing.parent_process() is not None
         self.signals = StopSignals(exit_code, quiet=started or rank_zero_only.rank != 0)  # type: ignore[attr-defined]
         self._folder = folder
-        self._seconds = 60 * minutes
+        self._seconds, self._background = 60 * minutes, background
         self._saved = time.monotonic()
-        self._request: HostCopy | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        device = trainer.strategy.root_device
+        self._requests = Requests(self._request, trainer.world_size, device)
+        _files(trainer).background = device.type == "cuda" if self._background == "auto" else bool(self._background)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
         if stage == "fit" and trainer.world_size > 1:
@@ -158,6 +199,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             require_room(self._folder, _classifier(trainer))
         self.signals.deferred = True
+        _classifier(trainer).requests = self._requests
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
@@ -174,45 +216,48 @@ class Checkpoints(Checkpoint):
             self._save_or_stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._requests.exchange()
         self._save_or_stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # last.ckpt comes last: a process that dies before it trains the rest of the epoch again, and saves all again.
         history = _classifier(trainer).history
         best = [name for name, column in BEST.items() if history[-1][column] >= max(row[column] for row in history)]
-        first, *copies = [*best, LAST]
-        self._save(trainer, first)
-        if trainer.is_global_zero:
-            for name in copies:
-                _copy(self._folder / first, self._folder / name)
-        trainer.strategy.barrier()
+        self._save(trainer, *best, LAST)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._wait(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with suppress(OSError):  # what ends the run was before it
+            _files(trainer).wait()
+
+    def _request(self) -> int:
+        """What this rank requests now."""
+        if self.signals.received:
+            return STOP
+        return SAVE if time.monotonic() - self._saved >= self._seconds else GO_ON
 
     def _save_or_stop(self, trainer: pl.Trainer) -> None:
-        due = time.monotonic() - self._saved >= self._seconds
-        request = self._all_reduce(trainer, STOP if self.signals.received else SAVE if due else GO_ON)
+        _files(trainer).wait(at_most_look=True)
+        request = self._requests.largest()
         if request != GO_ON and trainer.state.fn == TrainerFn.FITTING:  # the evaluation after it changes nothing
             self._save(trainer, LAST)
         if request == STOP:
+            self._wait(trainer)
             print_rank_zero("stopped by a signal; the same command goes on from here")
             self.signals.stop()
 
-    def _all_reduce(self, trainer: pl.Trainer, request: int) -> int:
-        """The largest request of all ranks, the same on each; with several ranks that of the previous batch.
-
-        The answer is read a batch later because reading it at once would make the host wait for the GPU.
-        """
-        if trainer.world_size == 1:
-            return request
-        largest = torch.tensor(request, device=trainer.strategy.root_device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        previous, self._request = self._request, HostCopy(largest)
-        return GO_ON if previous is None else int(previous.read())
-
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, name: str, *copies: str) -> None:
         _classifier(trainer).require_finite_loss()
-        trainer.save_checkpoint(self._folder / name)
+        trainer.save_checkpoint(self._folder / name, storage_options=copies)
         self._saved = time.monotonic()
-        self._request = None  # fulfilled
+        self._requests.clear()  # fulfilled
+
+    def _wait(self, trainer: pl.Trainer) -> None:
+        """Returns on all ranks when the files are written."""
+        _files(trainer).wait()
+        trainer.strategy.barrier()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, _: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["accumulate"] = trainer.accumulate_grad_batches
@@ -239,3 +284,8 @@ def _kept(path: Path) -> str | None:
 def _classifier(trainer: pl.Trainer) -> ImageClassifier:
     assert isinstance(trainer.lightning_module, ImageClassifier)
     return trainer.lightning_module
+
+
+def _files(trainer: pl.Trainer) -> AtomicCheckpointIO:
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    return trainer.strategy.checkpoint_io

@@ -5,11 +5,12 @@ int64 [N]; label -1 marks a row without an image. Raw and averaged weights are v
 Check: `pytest tests/test_classifier.py`.
 """
 
+import gc
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,18 +21,23 @@ from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
+from repghost.training.batchnorm import BatchCounts
 from repghost.training.ema import WeightAverage, ema_decay
-from repghost.training.internals import copy_all
+from repghost.training.internals import LightningModule
+from repghost.training.reduction import HostCopy, RankAverage, Requests, steps_ahead
 from repghost.training.schedule import epoch_learning_rate
 from repghost.training.trainer import compile_step, compiles
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(LightningModule):
     """Trains `model` by a recipe; `ema.model` is its average, `history` the rows of metrics.csv.
 
-    recipe: the `recipe` block of a run's config. batch_size: global. compile: the training step, see
-    `repghost.training.trainer.compiles`. freeze_epochs: epochs in which only the last layer learns.
+    recipe: the `recipe` block of a run's config. batch_size: global. compile, compile_mode: of the training step and
+    the validation, see `repghost.training.trainer`. freeze_epochs: epochs in which only the last layer learns.
+    `requests`: what the ranks exchange in a step beside gradients and statistics.
     """
+
+    requests: Requests | None = None
 
     def __init__(
         self,
@@ -44,16 +50,22 @@ class ImageClassifier(pl.LightningModule):
         freeze_epochs: int,
         channels_last: bool,
         compile: bool | str,
+        compile_mode: str,
         seed: int,
     ) -> None:
         super().__init__()
         self._recipe, self._epochs, self._batch_size, self._seed = recipe, epochs, batch_size, seed
-        self._freeze_epochs, self._compile, self._smoothing = freeze_epochs, compile, float(recipe["label_smoothing"])
+        self._freeze_epochs, self._smoothing = freeze_epochs, float(recipe["label_smoothing"])
+        self._compile, self._compile_mode = compile, compile_mode
         self.model = model.to(memory_format=torch.channels_last) if channels_last else model
         self.ema = WeightAverage(self.model, ema_decay(recipe, epochs * steps_per_epoch))
         self.history: list[dict[str, float]] = []
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
-        self._last_step: tuple[HostCopy, int, int, Tensor] | None = None  # loss is finite, epoch, batch, positions
+        self._scores: Callable[[Tensor, Tensor], Tensor] = self._networks_and_scores
+        self._average_ranks: RankAverage | None = None
+        self._collected = False  # Python's garbage
+        self._counts = BatchCounts(self.model, self.ema.model)
+        self._steps: deque[tuple[HostCopy, int, int, Tensor]] = deque()  # loss is finite, epoch, batch, positions
         self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
         # What a checkpoint must agree with; config.yaml, which says more, may have been lost.
@@ -73,18 +85,30 @@ class ImageClassifier(pl.LightningModule):
             lr=self.epoch_learning_rate(0),
             momentum=self._recipe["momentum"],
             nesterov=self._recipe["momentum"] > 0,
-            # Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD.
-            fused=self.device.type == "cuda" or None,
+            fused=self._fused,
         )
+
+    @property
+    def _fused(self) -> bool | None:
+        """Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD."""
+        return self.device.type == "cuda" or None
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device)
         self._train_sums = self._train_sums.to(self.device)
+        self._counts = BatchCounts(self.model, self.ema.model)  # of the tensors on this device
+        self._counts.take_out()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._average_ranks = RankAverage(self.model)
         if compiles(self._compile, self.device):
-            # Validation, in evaluation mode and float32, is not compiled: one graph, compiled once.
-            self._loss = compile_step(self._network_and_loss)
+            self._loss = compile_step(self._network_and_loss, self._compile_mode)
+            self._scores = compile_step(self._networks_and_scores)
+
+    def on_train_start(self) -> None:
+        # A checkpoint may be of another device, whose optimizer is another one.
+        prepare_optimizer(self.trainer.optimizers[0], self._fused)
 
     def on_train_epoch_start(self) -> None:
         # A pure function of the epoch: there is no scheduler whose state could be lost.
@@ -92,33 +116,37 @@ class ImageClassifier(pl.LightningModule):
             group["lr"] = self.epoch_learning_rate(self.current_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self._freeze_epochs:
+        learning = self.current_epoch >= self._freeze_epochs
+        if (self.model.training, self.model.dropout.training) != (learning, True):
             # Frozen, BatchNorm keeps the statistics that the weights came with.
-            self.model.train(self.current_epoch >= self._freeze_epochs)
+            self.model.train(learning)
             self.model.dropout.train()
         # Dropout differs between ranks; repeating a batch after a resume repeats its dropout.
-        torch.manual_seed(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank))
+        seed_dropout(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(batch.images, batch.labels)
+        if self.model.training:
+            self._counts.add_batch()
         images = (batch.labels >= 0).sum()
         self._train_sums += torch.stack([loss.detach().double() * images, images])
-        self.require_finite_loss()  # of the step before: the host does not wait for this one
-        self._last_step = HostCopy(loss.detach().isfinite()), self.current_epoch, batch_idx, batch.positions
+        self.require_finite_loss(steps_ahead(self.device) - 1)
+        self._steps.append((HostCopy(loss.detach().isfinite()), self.current_epoch, batch_idx, batch.positions))
         return loss
 
     def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return smoothed_cross_entropy(self.model(images), labels, self._smoothing)
 
-    def require_finite_loss(self) -> None:
-        """Raises UserError when the loss of the last step was not finite; waits for that step."""
-        if self._last_step and not self._last_step[0].read():
-            _, epoch, batch, positions = self._last_step
-            raise UserError(
-                f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
-                f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
-                "start a new run with a smaller learning rate or another precision"
-            )
+    def require_finite_loss(self, but: int = 0) -> None:
+        """Raises UserError when the loss of a step, `but` the last ones, was not finite; waits for those steps."""
+        while len(self._steps) > but:
+            finite, epoch, batch, positions = self._steps.popleft()
+            if not finite.read():
+                raise UserError(
+                    f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
+                    f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
+                    "start a new run with a smaller learning rate or another precision"
+                )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.current_epoch < self._freeze_epochs:
@@ -127,12 +155,31 @@ class ImageClassifier(pl.LightningModule):
                 if not name.startswith("classifier."):
                     parameter.grad = None
 
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        super().optimizer_step(*arguments, **options)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        def closure() -> Any:
+            # The forward and the backward pass. AMP looks for infinities in the gradients that all ranks share.
+            loss = optimizer_closure() if optimizer_closure else None
+            if self._average_ranks:
+                self._average_ranks(self.requests)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         trainer: Any = self.trainer
         with trainer.profiler.profile("[ImageClassifier].average"):
-            average_buffers(self.model)
             self.ema.update(self.model)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if not self._collected:
+            # What is there after the first step stays. Python would look through all of it again and again.
+            gc.collect()
+            gc.freeze()
+            self._collected = True
+
+    def on_train_end(self) -> None:
+        gc.unfreeze()
+        self._counts.put_back()
 
     @property
     def images_per_batch(self) -> int:
@@ -146,9 +193,11 @@ class ImageClassifier(pl.LightningModule):
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        models = self.model, self.ema.model
         with torch.autocast(self.device.type, enabled=False):
-            self._score_sums += torch.stack([score_sums(m(batch.images), batch.labels) for m in models])
+            self._score_sums += self._scores(batch.images, batch.labels)
+
+    def _networks_and_scores(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([score_sums(model(images), labels) for model in (self.model, self.ema.model)])
 
     def on_validation_epoch_end(self) -> None:
         # Sums, not means, are reduced: every image counts once on any number of ranks.
@@ -165,8 +214,14 @@ class ImageClassifier(pl.LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """With BatchNorm's counters, which are not in the network while it is trained."""
+        with self._counts.in_place():
+            return super().state_dict(*arguments, **options)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
+        with self._counts.in_place():
+            checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
         checkpoint["history"] = self.history
         checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
 
@@ -203,41 +258,25 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     return total / (labels >= 0).sum().clamp(min=1)
 
 
-@torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
-    """Averages the floating-point buffers (BatchNorm's running statistics) over all ranks in one flat all-reduce.
+def prepare_optimizer(optimizer: Optimizer, fused: bool | None) -> None:
+    """Makes SGD `fused` or not, whatever the state says that it was given.
 
-    Every rank then holds the same model at any moment. The official runs kept each rank's own statistics.
+    Fused, every parameter gets a momentum of zero where it has none: torch takes the momentum of all or of none, and at
+    the first step leaves uninitialized memory where AMP skips that step. The first update of a zero is the gradient.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    flat = torch.cat([b.flatten() for b in buffers])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([b.numel() for b in buffers])
-    copy_all(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+        for parameter in group["params"] if fused and group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-class HostCopy:
-    """A copy of a small tensor for the host to read later.
-
-    On a GPU the copy is queued behind what is being computed, and `read` waits for it. A host that reads it one step
-    later waits for a step that is over or nearly so, and the GPU always has work queued.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self._value, self._copied = value, None
-        if value.is_cuda:
-            self._value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._value
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seeds the generators that a step draws from, as torch.manual_seed does, which takes longer for all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def step_seed(*parts: int) -> int:

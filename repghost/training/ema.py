@@ -19,8 +19,7 @@ from repghost.training.internals import copy_all
 class WeightAverage:
     """Keeps `model`, the averaged twin of a training model, in evaluation mode.
 
-    Not an nn.Module on purpose: a second trainable copy inside the LightningModule would take part in its state dict
-    and in DistributedDataParallel's search for unused parameters.
+    Not an nn.Module on purpose: a second trainable copy inside the LightningModule would take part in its state dict.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,0 +1,80 @@
+"""The keys of a recipe (conf/recipe): see repghost/schema/keys.py. Check: `pytest tests/test_schema.py`."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from repghost.schema.values import (
+    Colour,
+    Count,
+    Mean,
+    NotNegative,
+    Part,
+    Positive,
+    Positives,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Shares,
+    Std,
+    Target,
+    Text,
+    key,
+)
+
+
+class Jitter(Part):
+    brightness: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - brightness, 1 + brightness]")
+    contrast: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - contrast, 1 + contrast]")
+    saturation: Annotated[float, Field(ge=0, le=10)] = key("factors are uniform in [1 - saturation, 1 + saturation]")
+
+
+class RandAugment(Part):
+    operations: Annotated[int, Field(ge=0, le=2)] = key("how many are drawn for an image")
+    magnitude: Annotated[float, Field(ge=0, le=10)] = key("mean level of an operation")
+    magnitude_std: Annotated[float, Field(ge=0, le=10)] = key("standard deviation of the level")
+    probability: Share = key("that a drawn operation is applied")
+    fill: Colour = key("colour of what a rotation or a shift uncovers")
+
+
+class Erase(Part):
+    probability: Share = key("that a rectangle of the image is replaced by noise")
+    area: Shares = key("range of the rectangle's share of the image")
+    aspect: Positives = key("range of the rectangle's height / width")
+
+
+class Augment(Part):
+    """`recipe.augment`."""
+
+    target: Target
+    flip: Share = key("probability of a horizontal flip")
+    jitter: Jitter | None = key("colour jitter of the narrower networks; null: none")
+    rand_augment: RandAugment | None = key("RandAugment of the wider networks (arXiv 1909.13719); null: none")
+    erase: Erase | None = key("random erasing (arXiv 1708.04896); null: none")
+    mean: Mean = key("mean of each channel, of pixels in [0, 1]")
+    std: Std = key("standard deviation of each channel, of pixels in [0, 1]")
+
+
+class Recipe(Part):
+    """`recipe` of conf/recipe."""
+
+    name: Text = key("of the recipe, for the run's name and its log")
+    learning_rate: Positive = key("the highest, for reference_batch_size, scaled linearly to batch_size")
+    start_learning_rate: NotNegative = key("of the first epoch of the warm-up, scaled likewise")
+    final_learning_rate: NotNegative = key("that the cosine ends with, scaled likewise")
+    reference_batch_size: Count = key("global batch size for which the learning rates are stated")
+    warmup_epochs: Annotated[int, Field(ge=0)] = key("epochs of linear warm-up, at most epochs")
+    momentum: ShareBelowOne = key("of SGD, in Nesterov's form")
+    weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
+    label_smoothing: ShareBelowOne = key("share of the target that is spread over all classes")
+    dropout: ShareBelowOne = key("before the classifier")
+    ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
+    ema_span: ShareAboveZero | None = key(
+        "the weight average's memory as a share of the run's steps; null: by ema_decay"
+    )
+    scale: Shares = key("share of the image's area that a random crop takes")
+    ratio: Positives = key("aspect of a random crop")
+    rand_augment_from_width: NotNegative | None = key(
+        "networks of this width or wider get recipe.augment.rand_augment, others the jitter; null: all get the jitter"
+    )
+    augment: Augment
