@@ -16,6 +16,7 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def require_room(folder: Path, classifier: ImageClassifier) -> None:
     """Raises UserError where the disk has less room than two checkpoints of a run need."""
     network = sum(tensor.nbytes for tensor in classifier.model.state_dict().values())
     needed = 2 * _TENSORS_OF_A_WEIGHT * network
-    if (free := shutil.disk_usage(folder.parent).free) < needed:
+    there = next(path for path in folder.parents if path.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
         raise UserError(
             f"{folder}: {free / 2**20:.0f} MiB are free on this disk, and two checkpoints take {needed / 2**20:.0f}: "
             "make room, or give another output=..."
@@ -132,10 +134,11 @@ class Checkpoints(Checkpoint):
     """Saves `last.ckpt` every epoch, every `minutes` and when a signal came, and the best epochs.
 
     signals: to be entered around the training, see StopSignals. description: of the network, which every checkpoint
-    says of itself; None until it is known.
+    says of itself; None until it is known. record: called on every rank once nothing is wrong with the run's folder.
     """
 
     description: Description | None = None
+    record: Callable[[], None] | None = None
 
     def __init__(self, folder: Path, minutes: float, exit_code: int) -> None:
         if minutes <= 0:
@@ -151,12 +154,16 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
-        if stage == "fit" and trainer.world_size > 1:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
             require_shared(self._folder.parent, trainer.strategy)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             require_room(self._folder, _classifier(trainer))
+        if self.record:
+            self.record()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.deferred = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
