@@ -92,14 +92,11 @@ def _download_missing(remote: Storage, folder: Path, files: Sequence[File]) -> N
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     hidden = local_rank != "0" or not missing  # one bar a machine
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {remote.url}", disable=hidden)
-    with bar, ThreadPoolExecutor(remote.limits.connections) as pool:
+    with bar, ThreadPoolExecutor(remote.limits.connections) as pool, remote:
         futures = {pool.submit(_download, remote, file, folder): file for file in missing}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(futures[future].get("bytes", 0))
-        finally:
-            remote.stop.set()
+        for future in as_completed(futures):
+            future.result()
+            bar.update(futures[future].get("bytes", 0))
 
 
 def _download(remote: Storage, file: File, folder: Path) -> None:

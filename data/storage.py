@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from fsspec.asyn import get_loop, sync
 from fsspec.callbacks import Callback
@@ -69,7 +69,7 @@ class StalledError(Exception):
 
 
 class Storage:
-    """Files below a URL. `stop`: to be set when none of them is wanted any more."""
+    """Files below a URL. A context; at its end `stop` is set, so that what is being fetched is abandoned."""
 
     def __init__(self, url: str, limits: Limits) -> None:
         self.url = url
@@ -84,6 +84,12 @@ class Storage:
             raise UserError(f"{url}: {how_to_install(package) if package else error}") from None
         if hasattr(self._files, "retries"):  # s3fs's own, beside `Limits.attempts`
             self._files.retries = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
 
     def fetch(self, name: str, missing: str, action: Callable[[str], T]) -> T:
         """What `action` makes of a file's path in the storage, at the first attempt that succeeds.
