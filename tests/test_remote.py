@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from runs import ROOT
 
 from data.index import load_index
 from data.remote import download_shards, is_remote
@@ -370,3 +373,18 @@ def test_processes_that_download_at_once_share_the_work(server: Server, shards: 
     for name in ("train-000000.tar", "train-000002.tar", "train.index.npy"):
         assert server.requests.count(name) == 1, "once for both"
     assert server.requests.count(SHARD) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stall", "drip", 503])
+def test_a_signal_ends_a_run_that_downloads(server: Server, shards: Path, tmp_path: Path, fault: Fault) -> None:
+    server.faults[SHARD] = repeat(fault)
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"data.root={server.url}", "data.cache=cache", "name=a"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        server.await_request(SHARD)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 75 and "SIGTERM: stopped before the first batch\n" in said, said
+    assert "Traceback" not in said and not list(tmp_path.rglob(SHARD)) and not (tmp_path / "outputs").exists(), said
+    server.faults.clear()
+    assert files_of(download_shards(server.url, tmp_path / "cache", ["train", "val"], QUICK)) == files_of(shards)
