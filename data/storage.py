@@ -6,6 +6,7 @@ Check: `pytest tests/test_remote.py tests/test_object_stores.py`.
 """
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -78,7 +79,10 @@ class Storage:
         protocol = url.partition("://")[0]
         self._package = _BUCKETS.get(protocol)
         try:
-            self._files, self._root = url_to_fs(url, **_options(protocol, limits.timeout))
+            options = _options(protocol, limits.timeout)
+            self._files, self._root = url_to_fs(url, **options)
+            if self._package == "gcsfs" and self._files.credentials.method == "anon":  # it would look for some again
+                self._files, self._root = url_to_fs(url, **{**options, "token": "anon"})
         except (ImportError, ValueError) as error:  # a package that is not installed, a protocol that nobody knows
             package = self._package if isinstance(error, ImportError) else None
             raise UserError(f"{url}: {how_to_install(package) if package else error}") from None
@@ -229,6 +233,8 @@ def _options_of_google(configured: dict[str, Any], timeout: float) -> dict[str, 
         # Before anything else it would ask for the kind of the bucket, by gRPC, which an emulator does not speak.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     gcsfs = import_module("gcsfs.core")
+    if "GCSFS_DEBUG" not in os.environ:
+        logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns for each file where it may not ask for the kind
     for name in ("_request", "_get_file_request"):  # without its decorator: six attempts, and a traceback in the log
         method = getattr(gcsfs.GCSFileSystem, name)
         setattr(gcsfs.GCSFileSystem, name, getattr(method, "__wrapped__", method))
