@@ -7,6 +7,11 @@ Counts every validation image once, in float32 unless the command says otherwise
 form of the network; an exported file (.onnx, .pte) with its own runtime.
 """
 
+if __name__ == "__main__":  # before anything that takes a moment to import
+    from repghost.errors import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
 from pathlib import Path
 
 from omegaconf import DictConfig

@@ -10,6 +10,12 @@ import os
 # Read when torch is loaded: threads that wait for each other sleep, since beside decoding processes they starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+if __name__ == "__main__":  # before anything that takes a moment to import
+    from repghost.errors import end_at_once_on_signals
+
+    end_at_once_on_signals()
+
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -81,7 +87,7 @@ def train(config: DictConfig) -> None:
         files.official = reference_curve(config.width, config.epochs, data.counts)
         paper = Path(__file__).parent / "conf/recipe/paper.yaml"
         describe(config, paper, trainer, data, model, files.official is not None)
-        record_run(directory, config, data)
+        checkpoints.record = partial(record_run, directory, config, data)
         trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
         evaluate_run(directory, config, trainer, data)
 

@@ -117,13 +117,21 @@ def _replace_default_handlers(handler: Callable[[int, FrameType | None], None]) 
     """Lets `handler` have SIGINT and SIGTERM where nobody else handles them; returns the handlers before."""
     if threading.current_thread() is not threading.main_thread():
         return {}  # signals are the main thread's
-    default = (signal.SIG_DFL, signal.default_int_handler)
+    default = (signal.SIG_DFL, signal.default_int_handler, _end_at_once)
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in default]
     return {number: signal.signal(number, handler) for number in numbers}
 
 
+def end_at_once_on_signals() -> None:
+    """SIGINT and SIGTERM end the program in one line from now on, until `run_command` takes over.
+
+    For programs whose modules take a moment to import, in which Ctrl-C would be a traceback.
+    """
+    _replace_default_handlers(_end_at_once)
+
+
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    """For the time in which Python ends, and has nothing left that could be interrupted."""
+    """For the time in which Python starts or ends, and has nothing that could be interrupted."""
     _say_signal(number)
     os._exit(128 + number)
 

@@ -26,6 +26,8 @@ from repghost.run import folder_of, top1
 
 _REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
 _SECONDS_UNTIL_ENDED = 60.0
+# Those of squeue(1) that no job leaves; submitit takes more for an end, such as CONFIGURING.
+_ENDS = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 class Sweep(Protocol):
@@ -117,11 +119,35 @@ def _results_of_lost_jobs() -> Iterator[list[str]]:
             return results(job)
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
             lost = JobReturn(status=JobStatus.COMPLETED)
-            lost.return_value = f"{str(error).splitlines()[0]}; its log is in {job.paths.folder}"
+            failed = isinstance(error, submitit.core.utils.FailedJobError)
+            what = "failed" if failed else f"ended without a result (its state: {job.state})"
+            lost.return_value = f"SLURM's job {job.job_id} {what}; its log is in {job.paths.folder}"
             return [lost]
 
-    with mock.patch.object(submitit.SlurmJob, "results", results_or_end):
+    watcher = mock.patch.multiple(type(submitit.SlurmJob.watcher), _make_command=_ask_queue, read_info=_states_in_queue)
+    with mock.patch.object(submitit.SlurmJob, "results", results_or_end), watcher:
         yield submitted
+
+
+# Submitit asks sacct, which knows nothing where no accounting is configured: it would wait for ever for a job that was
+# cancelled before it began.
+
+
+def _ask_queue(watcher: Any) -> list[str] | None:
+    """The command that tells the states of a user's jobs, also of those that ended lately; None if nobody waits."""
+    waited_for = watcher._registered - watcher._finished
+    return ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T"] if waited_for else None
+
+
+def _states_in_queue(watcher: Any, output: bytes) -> dict[str, dict[str, str]]:
+    """{job: {"State": state}} of the jobs that `watcher` waits for; one that has left the queue is over."""
+    gone = "no longer in the queue"
+    listed = dict(line.strip().split("|", 1) for line in output.decode().splitlines() if "|" in line)
+    states = {}
+    for job in watcher._registered:  # of an array, which is listed as one once it is cancelled
+        state = listed.get(job) or listed.get(job.partition("_")[0], gone)
+        states[job] = {"State": state if state in _ENDS or state == gone else "RUNNING"}
+    return states
 
 
 def _cancel(jobs: Sequence[str]) -> None:

@@ -117,6 +117,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_found_before_the_training(
     assert train_tiny("name=a", "epochs=1") == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: outputs/a/checkpoints: 1 MiB are free") and "epoch   1" not in out
+    assert not Path("outputs").exists(), "a refused command leaves nothing behind"
 
 
 def test_files_of_writers_that_live_are_left_alone(tmp_path: Path) -> None:

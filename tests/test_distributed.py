@@ -190,6 +190,7 @@ def test_machines_that_share_no_folder(shards: Path, tmp_path: Path) -> None:
             said = process.communicate(timeout=600)[0]
             line = f"error: outputs/one: rank 1 on {socket.gethostname()} does not see what rank 0 on"
             assert process.returncode == 1 and said.count(line) == 1 and "epoch  " not in said, said
+        assert not any(list(folder.iterdir()) for folder in folders), "a refused command leaves nothing behind"
 
 
 @pytest.mark.slow

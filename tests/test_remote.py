@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from runs import ROOT
 
 from data.index import load_index
-from data.remote import Limits, download_shards, is_remote
+from data.remote import download_shards, is_remote
+from data.storage import Limits
 from repghost.errors import UserError, user_message
 
 QUICK = Limits(connections=2, timeout=60, attempts=3, backoff=0.01)
@@ -82,6 +86,12 @@ class Handler(BaseHTTPRequestHandler):
             with suppress(OSError):
                 while True:
                     self.wfile.write(bytes(2**16))
+        if fault == "drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            with suppress(OSError):
+                while not self.server.closing.wait(0.05):
+                    self.wfile.write(b"x")
+            return
         if fault == "less":
             body = body[: len(body) // 2]
         if fault == "flip":
@@ -218,7 +228,8 @@ STAYING = {
     "gone": (SHARD, 410, f"{SHARD}: refused .*410"),
     "forbidden": (SHARD, 403, f"{SHARD}: refused .*403"),
     "broken server": (SHARD, 500, f"{SHARD}: ClientResponseError 500.*given up after 3 attempts"),
-    "stalled": (SHARD, "stall", f"{SHARD}: .*[Tt]imeout.*given up after 3 attempts"),
+    "stalled": (SHARD, "stall", f"{SHARD}: StalledError no byte of it came.*given up after 3 attempts"),
+    "dripping": (SHARD, "drip", f"{SHARD}: StalledError no byte of it came.*given up after 3 attempts"),
     "reset": (SHARD, "reset", f"{SHARD}: Client.*given up after 3 attempts"),
     "cut off": (SHARD, "short", f"{SHARD}: ClientPayloadError.*given up after 3 attempts"),
     "too few bytes": (
@@ -244,7 +255,7 @@ def test_a_fault_that_stays_is_one_error_that_names_the_file(server: Server, tmp
     name, fault, message = STAYING[case]
     server.faults[name] = repeat(fault)
     with pytest.raises(UserError, match=message) as error:
-        download_shards(server.url, tmp_path, ["train"], IMPATIENT if fault == "stall" else QUICK)
+        download_shards(server.url, tmp_path, ["train"], IMPATIENT if fault in ("stall", "drip") else QUICK)
     assert server.url in str(error.value) and "\n" not in str(error.value)
     final = isinstance(fault, int) and fault < 500
     assert server.requests.count(name) == (1 if final else QUICK.attempts)
@@ -362,3 +373,18 @@ def test_processes_that_download_at_once_share_the_work(server: Server, shards: 
     for name in ("train-000000.tar", "train-000002.tar", "train.index.npy"):
         assert server.requests.count(name) == 1, "once for both"
     assert server.requests.count(SHARD) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["stall", "drip", 503])
+def test_a_signal_ends_a_run_that_downloads(server: Server, shards: Path, tmp_path: Path, fault: Fault) -> None:
+    server.faults[SHARD] = repeat(fault)
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"data.root={server.url}", "data.cache=cache", "name=a"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        server.await_request(SHARD)
+        process.terminate()
+        said = process.communicate()[1]
+    assert process.returncode == 75 and "SIGTERM: stopped before the first batch\n" in said, said
+    assert "Traceback" not in said and not list(tmp_path.rglob(SHARD)) and not (tmp_path / "outputs").exists(), said
+    server.faults.clear()
+    assert files_of(download_shards(server.url, tmp_path / "cache", ["train", "val"], QUICK)) == files_of(shards)

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +125,8 @@ def require_room(folder: Path, classifier: ImageClassifier) -> None:
     """Raises UserError where the disk has less room than two checkpoints of a run need."""
     network = sum(tensor.nbytes for tensor in classifier.model.state_dict().values())
     needed = 2 * _TENSORS_OF_A_WEIGHT * network
-    if (free := shutil.disk_usage(folder.parent).free) < needed:
+    there = next(path for path in folder.parents if path.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
         raise UserError(
             f"{folder}: {free / 2**20:.0f} MiB are free on this disk, and two checkpoints take {needed / 2**20:.0f}: "
             "make room, or give another output=..."
@@ -171,10 +172,12 @@ class Checkpoints(Checkpoint):
 
     background: whether a thread writes the files, `auto` for on a GPU, which would wait for them; on a CPU the thread
     would take its time from the training. signals: to be entered around the training, see StopSignals. description: of
-    the network, which every checkpoint says of itself; None until it is known.
+    the network, which every checkpoint says of itself; None until it is known. record: called on every rank once
+    nothing is wrong with the run's folder.
     """
 
     description: Description | None = None
+    record: Callable[[], None] | None = None
 
     def __init__(self, folder: Path, minutes: float, exit_code: int, background: bool | str) -> None:
         if minutes <= 0:
@@ -192,12 +195,16 @@ class Checkpoints(Checkpoint):
         _files(trainer).background = device.type == "cuda" if self._background == "auto" else bool(self._background)
         if trainer.is_global_zero:
             remove_leftovers(self._folder.parent)
-        if stage == "fit" and trainer.world_size > 1:
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
             require_shared(self._folder.parent, trainer.strategy)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             require_room(self._folder, _classifier(trainer))
+        if self.record:
+            self.record()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.deferred = True
         _classifier(trainer).requests = self._requests
 

@@ -90,7 +90,7 @@ class Node:
         self.enter = ["nsenter", "--target", self.init, "--net", "--pid", "--mount", "--uts"]
         wait(lambda: self.run("hostname; ip -br link show lo | grep LOOPBACK,UP").startswith(f"{name}\n"))
 
-    def run(self, command: str, timeout: float = 300, cwd: Path | None = None) -> str:
+    def run(self, command: str, timeout: float = 900, cwd: Path | None = None) -> str:
         """What a shell command prints; its exit code is not asked for."""
         return self.start(command, cwd, stdout=subprocess.PIPE).communicate(timeout=timeout)[0]
 
@@ -101,7 +101,8 @@ class Node:
             "SLURM_CONF": str(self._folder / "slurm.conf"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         return subprocess.Popen(
-            [*self.enter, f"--wd={cwd or self._folder}", "bash", "-c", command],
+            # Behind nohup or in a script's background SIGINT is ignored, and so by all that is started here.
+            [*self.enter, f"--wd={cwd or self._folder}", "env", "--default-signal=INT", "bash", "-c", command],
             env=variables, stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 

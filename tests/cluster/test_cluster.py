@@ -110,7 +110,7 @@ class Job:
 
     def ends(self) -> Path:
         self.until("EMA, best ema epoch")
-        wait(lambda: not self.cluster.n1.run(f"squeue --noheader --job {self.id}").strip(), 120)
+        wait(lambda: not self.cluster.n1.run(f"squeue --noheader --job {self.id}").strip(), 300)
         return finished(self.folder, self.said)
 
 
@@ -147,7 +147,7 @@ def test_a_cut_link_ends_every_rank(cluster: Cluster, tmp_path: Path, launcher: 
     wait(lambda: logs[0].exists() and "epoch   1/" in logs[0].read_text(), 600, lambda: logs[0].read_text())
     cluster.cut()
     ranks = "pgrep --full '[b]in/python[0-9.]* (-u )?/.*train.py'"  # not torchrun itself
-    wait(lambda: not any(node.run(ranks) for node in cluster.nodes), 300)  # 80 on an idle machine
+    wait(lambda: not any(node.run(ranks) for node in cluster.nodes), 600)  # 80 on an idle machine
     said = [re.findall("^error: .*", log.read_text(), re.MULTILINE)[-1:] for log in logs]
     assert "rank 1 does not answer" in "".join(said[0]), logs[0].read_text()
     assert "rank 0 on n1 does not answer" in "".join(said[1]), logs[1].read_text()
@@ -193,13 +193,25 @@ def test_a_time_limit_is_asked_for(cluster: Cluster, tmp_path: Path) -> None:
     assert not (tmp_path / "outputs" / ".sweep" / ".submitit").exists()
 
 
+def test_a_job_that_somebody_cancels(cluster: Cluster, tmp_path: Path) -> None:
+    """It has not begun, so it leaves no result; nor is there any accounting that knows its end."""
+    later = "+hydra.launcher.additional_parameters.begin=now+1hour"
+    sweep = cluster.n1.start(f"{SWEEP} {SLURM} {later} seed=0,1", tmp_path, subprocess.PIPE)
+    wait(lambda: cluster.n1.run("squeue --noheader --array").count("\n") == 2 or sweep.poll() is not None, 300)
+    cluster.n1.run("scancel --me")
+    said = sweep.communicate(timeout=300)[0]
+    assert sweep.returncode == 1 and "Traceback" not in said, said
+    ended = re.findall(r"seed=(.): SLURM's job \S+ ended without a result \(its state: CANCELLED\)", said)
+    assert set(ended) == {"0", "1"}, said
+
+
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, tmp_path: Path) -> None:
     sweep = cluster.n1.start(f"{SWEEP} {SLURM} epochs=1000 seed=0,1", tmp_path, subprocess.PIPE)
     until_trained(sweep, tmp_path)
     cluster.n1.run("pkill -INT --full '[t]rain.py -m.*launcher=slurm'")
-    said = sweep.communicate(timeout=120)[0]
+    said = sweep.communicate(timeout=300)[0]
     assert "cancelled" in said and "Traceback" not in said, said
-    wait(lambda: not cluster.n1.run("squeue --noheader").strip(), 120, lambda: cluster.n1.run("squeue"))
+    wait(lambda: not cluster.n1.run("squeue --noheader").strip(), 300, lambda: cluster.n1.run("squeue"))
     assert "stopped by a signal" in logs_of(tmp_path)
 
 
