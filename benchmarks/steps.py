@@ -1,28 +1,31 @@
-"""The training step of this project and timm's, each as a function that runs one on a batch: for train_step.py."""
+"""The training step of this project and timm's, each as a function of a batch, and our batches: for train_step.py."""
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2
 from torch import nn
 
-from benchmarks.common import ROOT
-from benchmarks.loader import IMAGE_SIZE
+from benchmarks.common import ROOT, kernels_of_training, wait_for
+from benchmarks.pipelines import IMAGE_SIZE, Setting
 from repghost.dataset import Batch
 from repghost.run import resolve_recipe
-from repghost.training.trainer import keep_freed_memory
+from repghost.training.trainer import compiles, keep_freed_memory
 
 CLASSES = 1000
+WARM_UP = {"cuda": 30, "cpu": 2}  # steps that compile, record, and let cuDNN time its kernels
 Step = Callable[[Batch], None]
 
 
@@ -34,12 +37,28 @@ class Run:
     width: float
     batch_size: int
     threads: int  # of a step on a CPU
-    workers: int  # of a loader beside the step
+    workers: int | str  # of this project's loader, or auto
 
     @property
     def amp(self) -> torch.autocast:
         """bf16 on a GPU, float32 on a CPU, as both projects do by default."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The keys of train.py for this training."""
+        return [
+            f"width={self.width}", f"batch_size={self.batch_size}", f"data.workers={self.workers}",
+            f"trainer={'cpu' if self.device.type == 'cpu' else 'gpu'}", "trainer.devices=1",
+            f"trainer.threads={self.threads}",
+        ]  # fmt: skip
+
+    def config(self, *more: str) -> DictConfig:
+        """The config of train.py with these keys."""
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train", [*self.overrides, *more])
+        resolve_recipe(config)
+        return config
 
     def batch(self) -> Batch:
         """Noise; what is in the images costs nothing."""
@@ -48,21 +67,21 @@ class Run:
         return Batch(torch.randn(shape, device=self.device), labels, torch.arange(self.batch_size), torch.empty(0))
 
     def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.device)
 
     def process(self) -> Executor:
         """A process of its own: how memory is allocated, and what is compiled, belong to a process."""
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=[self.threads])
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=self.set_up)
+
+    def set_up(self) -> None:
+        """Makes this process one that trains, in the same way for all that is compared."""
+        torch.set_num_threads(self.threads)
+        kernels_of_training()
 
 
 def our_step(run: Run, compile: bool | str) -> Step:
     """ImageClassifier as train.py builds it, without Lightning around it; compile: the key of that name."""
-    overrides = ["data.root=not read", f"width={run.width}", f"compile={compile}", f"batch_size={run.batch_size}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", overrides)
-    resolve_recipe(config)
+    config = run.config("data.root=not read", f"compile={compile}")
     if run.device.type == "cpu":
         keep_freed_memory()  # as make_trainer does
     model = instantiate(config.model, num_classes=CLASSES)
@@ -103,15 +122,52 @@ def timm_step(run: Run, compile: bool) -> Step:
     return step
 
 
+class InTraining:
+    """A Trainer of train.py as its data module sees it in the middle of a training, without the training.
+
+    global_step: counts the batches that were taken.
+    """
+
+    training, current_epoch = True, 0
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self.global_step = trainer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def our_batches(setting: Setting, workers: int, run: Run, shards: Path, cache: Path) -> Iterator[Batch]:
+    """The augmented batches on the device that train.py takes its steps on, epoch after epoch.
+
+    They come from its data module, which chooses loader, workers and what is compiled; `workers` is not asked.
+    """
+    config = run.config(f"data.root={shards}", f"data.cache={cache}")
+    trainer = InTraining(instantiate(config.trainer)(directory=Path.cwd()))
+    data: Any = instantiate(config.data)
+    data.trainer = trainer
+    data.setup("fit")
+    if compiles(config.compile, run.device):
+        data.augment.compile()
+    loader = data.train_dataloader()
+    while True:
+        for batch in loader:
+            trainer.global_step += 1
+            batch = data.on_before_batch_transfer(batch, 0)
+            yield data.on_after_batch_transfer(data.transfer_batch_to_device(batch, run.device, 0), 0)
+
+
 _ready: dict[str, Any] = {}  # the step and the batch of this process
 
 
 def first_steps(make: Callable[[Run], Step], run: Run) -> float:
-    """Makes the step and runs the first two; seconds without imports."""
+    """Makes the step and warms it up; seconds to the end of the second step, without imports."""
     start = time.perf_counter()
     _ready.update(step=make(run), batch=run.batch())
     timed_steps(run, 2)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    timed_steps(run, WARM_UP[run.device.type] - 2)
+    return seconds
 
 
 def timed_steps(run: Run, steps: int) -> float:
