@@ -227,7 +227,7 @@ def test_no_host_synchronisation_on_a_gpu(colour: dict[str, Any]) -> None:
         assert result.shape == images.shape and result.device.type == "cuda" and result.dtype == torch.float32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_without_synchronisation() -> None:
     """Jitter has the CPU's bits; resampling may round otherwise, as a GPU fuses products and sums."""
     images, rows = crops(), draws(6)

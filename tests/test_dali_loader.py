@@ -204,7 +204,7 @@ def batch_by_pil(crops: Crops) -> list[np.ndarray]:
     return images
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_on_a_gpu_batches_are_close_to_the_torch_loaders(kind: str, index: Index) -> None:
     crops = training(index, 16, 224) if kind == "training" else evaluation(index, 16, 224)
