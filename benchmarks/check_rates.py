@@ -8,9 +8,8 @@ import json
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -27,8 +26,9 @@ from benchmarks.check_bench import Bench, require_devices, require_gpu
 from benchmarks.check_report import Failed, Skipped
 from benchmarks.check_runs import rate_of
 from benchmarks.common import ROOT, kernels_of_training, machine, read_table
+from benchmarks.feeding import training_batches, training_config
 from benchmarks.loader import measure
-from benchmarks.pipelines import SHARDS, ours, prepare, repeated
+from benchmarks.pipelines import REPEATED, SHARDS, Setting, prepare, repeated
 from data.crops import CenterCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.reader import LoaderOptions
@@ -98,10 +98,15 @@ def decoded(bench: Bench, batch_size: int) -> tuple[float, float | None]:
 
 
 def decode_rate(corpus: str, images: int, batch_size: int, device: str, seconds: float) -> float:
-    """Images per second of DALI's uint8 batches, for a process of its own."""
-    torch.set_num_threads(1)
+    """Images per second of DALI's uint8 batches, with the defaults of train.py, for a process of its own."""
     setting = prepare(Path(corpus), images, batch_size, torch.device(device))
-    return measure(partial(ours, kind=DaliLoader), setting, available_cpus(), seconds).second
+    shards = repeated(setting.folder.parent / SHARDS, REPEATED)
+    keys = [f"data.root={shards}", f"data.cache={corpus}", "loader=dali", "width=0.5", f"batch_size={batch_size}"]
+
+    def decoded_batches(setting: Setting, workers: int) -> Iterator[Batch]:
+        return training_batches(training_config(setting.device, *keys), augmented=False)
+
+    return measure(decoded_batches, setting, available_cpus(), seconds).second
 
 
 def jpeg_share(said: str) -> float | None:

@@ -7,8 +7,8 @@ makes JPEG files like ImageNet's (benchmarks/corpus.py) and shards of them, and 
 with them. The clock runs from batch to batch of a filled pipeline: neither its start nor its end counts. The limit of
 whatever decodes whole images on a CPU is `bare decode`: the same workers, and libjpeg-turbo on bytes in memory.
 
-Batches are made for --device, as in training: on a GPU DALI decodes there, timm's prefetcher and this project's
-augmentation work there, and a batch counts once it is there (benchmarks/pipelines.py).
+Batches are made for --device by the data module of train.py: on a GPU DALI decodes there, timm's prefetcher and this
+project's augmentation work there, and a batch counts once it is there (benchmarks/pipelines.py).
 
 Every figure is a median over the repetitions, every ratio the median of the ratios within one repetition. Figures per
 core second count CPU time of all processes instead of time, so that they hold on a machine that does other things too.
@@ -43,8 +43,8 @@ from benchmarks.pipelines import (
     Setting,
     corpus_facts,
     hand_over,
-    paper_recipe,
     prepare,
+    training_recipe,
 )
 from data.dali_loader import dali_installed
 from data.reader import ShardReader, decode, resize
@@ -175,7 +175,7 @@ def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]
     images, uniforms = batch.images.to(setting.device), batch.uniforms.to(setting.device)
     clock, turns = (time.perf_counter, 20) if setting.on_gpu else (time.thread_time, 1)
     for name, width in (("jitter, widths up to 1.11", 1.0), ("RandAugment, widths from 1.3", 1.3)):
-        augment = replace(setting, recipe=paper_recipe(width)).augment()
+        augment = replace(setting, recipe=training_recipe(width)).augment()
         times = []
         for _ in range(repetitions + 1):  # the first one warms up
             wait_for(setting.device)

@@ -2,8 +2,8 @@
 
 Each is a function of a setting and a number of workers that yields batches on the setting's device. Those with
 "recipe" in their names yield what a training step takes: augmented, normalized floats. On a GPU that is computed there,
-by timm's prefetcher as in timm's training script, and by this project's augmentation, compiled as train.py compiles it;
-DALI decodes there.
+by timm's prefetcher as in timm's training script. This project's batches are those of train.py (benchmarks/feeding.py),
+with its defaults for the device, but for the loader and the workers.
 """
 
 import json
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from timm.data import create_dataset, create_loader
@@ -28,11 +27,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from benchmarks.common import ROOT
 from benchmarks.corpus import TRAIN, corpus
+from benchmarks.feeding import training_batches, training_config
 from data.augment import Augment
 from data.crops import RandomCrops
-from data.dali_loader import DaliLoader
 from data.index import Index, load_index
 from data.reader import LoaderOptions
 from data.sampling import RankSampler
@@ -41,31 +39,31 @@ from data.torch_loader import TorchLoader
 from data.write_shards.write import write_folder
 from repghost.dataset import Batch
 from repghost.files import file_sha256, write_text
-from repghost.run import resolve_recipe
 from repghost.training.trainer import compiles
 
 IMAGE_SIZE = 224
 SHARDS = "shards"  # the folder of the originals beside that of the class folders
-COMPACT = 256  # shorter side of the compact shards
+COMPACT, SHORTER = "compact", 256  # that of small images, and their shorter side
 PREFETCH = 2  # batches that a worker is ahead, in every pipeline
 READ_AHEAD = 2**17  # bytes that Linux reads around what it is asked for
 EPOCH = 1_000_000  # images that an index is repeated to, so that no epoch ends while it is measured
+REPEATED = 60  # times that an epoch of train.py's loaders has every image
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all pipelines share."""
+    """What all pipelines share. original: the index of the corpus, repeated to EPOCH images."""
 
     folder: Path  # class folders
     original: Index
-    compact: Index
     recipe: DictConfig
     batch_size: int
     device: torch.device  # that the batches are for
+    width: float  # of the network that the recipe is for
 
     @property
     def files(self) -> int:
-        """Images of the corpus; the indexes repeat them."""
+        """Images of the corpus."""
         return len(np.unique(self.original.samples))
 
     @property
@@ -106,7 +104,8 @@ def timm_recipe(setting: Setting, workers: int) -> Iterable[Any]:
         scale=tuple(recipe.scale),
         ratio=tuple(recipe.ratio),
         hflip=recipe.augment.flip,
-        color_jitter=recipe.augment.jitter.brightness,
+        color_jitter=recipe.augment.jitter.brightness if recipe.augment.jitter else 0.0,
+        auto_augment="rand-m9-mstd0.5" if recipe.augment.rand_augment else None,
         re_prob=recipe.augment.erase.probability,
         re_mode="pixel",
         interpolation="random",
@@ -147,20 +146,14 @@ def _torchvision(setting: Setting, workers: int, end: list[torch.nn.Module]) -> 
         yield [tensor.to(setting.device, non_blocking=True) for tensor in (images, labels)]
 
 
-def ours(setting: Setting, workers: int, index: str = "original", kind: type = TorchLoader) -> Iterator[Batch]:
-    """This project's loaders: uint8 batches."""
-    crops = setting.crops(getattr(setting, index))
-    options = LoaderOptions(workers=workers, prefetch=PREFETCH, pin_memory=setting.on_gpu)
-    where = (setting.device.index or 0,) if kind is DaliLoader and setting.on_gpu else ()
-    for batch in kind(crops, options, *where):
-        yield Batch(*(tensor.to(setting.device, non_blocking=True) for tensor in batch))
-
-
-def ours_recipe(setting: Setting, workers: int, index: str = "original", kind: type = TorchLoader) -> Iterator[Tensor]:
-    """The same, augmented and normalized on the device: what timm's loader yields."""
-    augment = setting.augment()
-    for batch in ours(setting, workers, index, kind):
-        yield augment.train(batch.images, batch.uniforms)
+def ours(
+    setting: Setting, workers: int, data: str = SHARDS, loader: str = "torch", augmented: bool = False
+) -> Iterator[Batch]:
+    """This project's loaders as train.py has them; not augmented: uint8 batches."""
+    shards = repeated(setting.folder.parent / data, REPEATED)
+    overrides = [f"data.root={shards}", f"data.cache={shards.parent}", f"loader={loader}", f"data.workers={workers}"]
+    overrides += [f"width={setting.width}", f"batch_size={setting.batch_size}", "trainer.threads=1"]
+    return training_batches(training_config(setting.device, *overrides), augmented)
 
 
 def cold(setting: Setting, workers: int) -> Iterator[Any]:
@@ -171,7 +164,7 @@ def cold(setting: Setting, workers: int) -> Iterator[Any]:
         for file in files:
             os.fsync(file)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        for number, batch in enumerate(ours(setting, workers)):
+        for number, batch in enumerate(TorchLoader(crops, LoaderOptions(workers=workers, prefetch=PREFETCH))):
             yield batch
             for sample in index.samples[crops(0, number).samples]:  # the index repeats: they come again
                 start, length = int(sample["offset"]) - READ_AHEAD, int(sample["size"]) + 2 * READ_AHEAD
@@ -223,14 +216,14 @@ PIPELINES: dict[str, Pipeline] = {
     TIMM: timm_recipe,
     "torchvision, its recipe": torchvision_float,
     "torchvision, uint8": torchvision_uint8,
-    "torch loader, recipe": ours_recipe,
+    "torch loader, recipe": partial(ours, augmented=True),
     "torch loader, uint8": ours,
     "torch loader, uint8, cold page cache": cold,
-    "torch loader, recipe, compact shards": partial(ours_recipe, index="compact"),
-    "torch loader, uint8, compact shards": partial(ours, index="compact"),
-    "dali loader, recipe": partial(ours_recipe, kind=DaliLoader),
-    "dali loader, uint8": partial(ours, kind=DaliLoader),
-    "dali loader, uint8, compact shards": partial(ours, kind=DaliLoader, index="compact"),
+    "torch loader, recipe, compact shards": partial(ours, data=COMPACT, augmented=True),
+    "torch loader, uint8, compact shards": partial(ours, data=COMPACT),
+    "dali loader, recipe": partial(ours, loader="dali", augmented=True),
+    "dali loader, uint8": partial(ours, loader="dali"),
+    "dali loader, uint8, compact shards": partial(ours, loader="dali", data=COMPACT),
     LIMIT: bare_decode,
 }
 
@@ -247,8 +240,8 @@ def prepare(folder: Path, images: int, batch_size: int, device: torch.device, wi
         once = load_index(files / name, "train", files)
         return replace(once, samples=np.tile(once.samples, max(1, EPOCH // images)))
 
-    shards = index(SHARDS, None), index("compact", COMPACT)
-    return Setting(files / TRAIN, *shards, paper_recipe(width), batch_size, device)
+    original, _ = index(SHARDS, None), index(COMPACT, SHORTER)
+    return Setting(files / TRAIN, original, training_recipe(width), batch_size, device, width)
 
 
 def repeated(shards: Path, times: int) -> Path:
@@ -285,11 +278,9 @@ def repeated(shards: Path, times: int) -> Path:
     return folder
 
 
-def paper_recipe(width: float) -> DictConfig:
+def training_recipe(width: float) -> DictConfig:
     """The paper's recipe with the augmentation of a width."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", ["data.root=not read", "recipe=paper", f"width={width}"])
-    resolve_recipe(config)
+    config = training_config(torch.device("cpu"), "data.root=not read", "recipe=paper", f"width={width}")
     return config.recipe
 
 

@@ -1,16 +1,14 @@
-"""The training step of this project and timm's, each as a function of a batch, and our batches: for train_step.py."""
+"""The training step of this project and timm's, each as a function that runs one on a batch: for train_step.py."""
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from timm.loss import LabelSmoothingCrossEntropy
@@ -18,11 +16,11 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2
 from torch import nn
 
-from benchmarks.common import ROOT, kernels_of_training, wait_for
-from benchmarks.pipelines import IMAGE_SIZE, Setting
+from benchmarks.common import kernels_of_training, wait_for
+from benchmarks.feeding import training_config
+from benchmarks.pipelines import IMAGE_SIZE
 from repghost.dataset import Batch
-from repghost.run import resolve_recipe
-from repghost.training.trainer import compiles, keep_freed_memory
+from repghost.training.trainer import keep_freed_memory
 
 CLASSES = 1000
 WARM_UP = {"cuda": 30, "cpu": 2}  # steps that compile, record, and let cuDNN time its kernels
@@ -46,19 +44,13 @@ class Run:
 
     @property
     def overrides(self) -> list[str]:
-        """The keys of train.py for this training."""
-        return [
-            f"width={self.width}", f"batch_size={self.batch_size}", f"data.workers={self.workers}",
-            f"trainer={'cpu' if self.device.type == 'cpu' else 'gpu'}", "trainer.devices=1",
-            f"trainer.threads={self.threads}",
-        ]  # fmt: skip
+        """The keys of train.py for this training, beside those of its device."""
+        size = [f"width={self.width}", f"batch_size={self.batch_size}"]
+        return [*size, f"data.workers={self.workers}", f"trainer.threads={self.threads}"]
 
     def config(self, *more: str) -> DictConfig:
         """The config of train.py with these keys."""
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("train", [*self.overrides, *more])
-        resolve_recipe(config)
-        return config
+        return training_config(self.device, *self.overrides, *more)
 
     def batch(self) -> Batch:
         """Noise; what is in the images costs nothing."""
@@ -120,41 +112,6 @@ def timm_step(run: Run, compile: bool) -> Step:
         average.update(model)
 
     return step
-
-
-class InTraining:
-    """A Trainer of train.py as its data module sees it in the middle of a training, without the training.
-
-    global_step: counts the batches that were taken.
-    """
-
-    training, current_epoch = True, 0
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self.global_step = trainer, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
-
-
-def our_batches(setting: Setting, workers: int, run: Run, shards: Path, cache: Path) -> Iterator[Batch]:
-    """The augmented batches on the device that train.py takes its steps on, epoch after epoch.
-
-    They come from its data module, which chooses loader, workers and what is compiled; `workers` is not asked.
-    """
-    config = run.config(f"data.root={shards}", f"data.cache={cache}")
-    trainer = InTraining(instantiate(config.trainer)(directory=Path.cwd()))
-    data: Any = instantiate(config.data)
-    data.trainer = trainer
-    data.setup("fit")
-    if compiles(config.compile, run.device):
-        data.augment.compile()
-    loader = data.train_dataloader()
-    while True:
-        for batch in loader:
-            trainer.global_step += 1
-            batch = data.on_before_batch_transfer(batch, 0)
-            yield data.on_after_batch_transfer(data.transfer_batch_to_device(batch, run.device, 0), 0)
 
 
 _ready: dict[str, Any] = {}  # the step and the batch of this process

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -42,13 +42,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import CORPUS, ROOT, described, machine, rates, read_table, write_table
+from benchmarks.feeding import training_batches
 from benchmarks.loader import measure
-from benchmarks.pipelines import SHARDS, Setting, corpus_facts, prepare, repeated, timm_recipe
-from benchmarks.steps import WARM_UP, Run, first_steps, our_batches, our_step, timed_steps, timm_step
+from benchmarks.pipelines import SHARDS, Pipeline, Setting, corpus_facts, prepare, repeated, timm_recipe
+from benchmarks.steps import WARM_UP, Run, first_steps, our_step, timed_steps, timm_step
 from repghost.dataset import Batch
 from repghost.machine import available_cpus
 from repghost.training.trainer import keep_compiled
@@ -87,10 +89,16 @@ def step_rows(run: Run, repetitions: int, steps: int, quick: bool, alone: bool) 
 # -- loaders, and both together ---------------------------------------------------------------------------------------
 
 
-def loader_rows(run: Run, setting: Setting, ours: Callable[..., Any], options: argparse.Namespace) -> Iterator[Row]:
-    """A row a loader: augmented batches on the device. ours: the pipeline of this project's."""
+def loader_rows(run: Run, setting: Setting, config: DictConfig, options: argparse.Namespace) -> Iterator[Row]:
+    """A row a loader: augmented batches on the device. config: of the training that takes this project's."""
+
+    def ours(setting: Setting, workers: int) -> Iterator[Batch]:
+        return training_batches(config)
+
     cores = available_cpus()
-    kinds = {"loader: ours": ours} if options.alone else {"loader: timm": timm_recipe, "loader: ours": ours}
+    kinds: dict[str, Pipeline] = {"loader: ours": ours}
+    if not options.alone:
+        kinds = {"loader: timm": timm_recipe, **kinds}
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(options.repetitions):
         for name, pipeline in kinds.items():
@@ -124,7 +132,8 @@ def train_rows(run: Run, shards: Path, cache: Path, timms: float | None, name: s
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
-            *run.overrides, f"data.root={shards}", f"data.cache={cache}", "profile=true", "name=run",
+            f"trainer={'cpu' if run.device.type == 'cpu' else 'gpu'}", "trainer.devices=1", *run.overrides,
+            f"data.root={shards}", f"data.cache={cache}", "profile=true", "name=run",
             f"output={folder}", f"results={folder}/results.csv", *more,
         ]  # fmt: skip
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
@@ -246,12 +255,13 @@ def main(arguments: list[str] | None = None) -> None:
     shards = repeated(setting.folder.parent / SHARDS, options.repeat)
 
     table = list(step_rows(run, options.repetitions, options.steps, options.quick, options.alone))
-    ours = partial(our_batches, run=run, shards=shards, cache=corpus)
-    table += loader_rows(run, setting, ours, options)
+    table += loader_rows(run, setting, run.config(f"data.root={shards}", f"data.cache={corpus}"), options)
     timms = None
     if not options.alone:
         timms = timm_end_to_end(run, setting, max(options.repetitions * options.steps, 3))
         table.append({"what": "end to end: timm", "images_per_second": timms, "ratio_to_timm": 1.0})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps, train.py cannot have
     table += train_rows(run, shards, corpus, timms, "ours", f"epochs={options.epochs}")
     if not options.quick and device.type == "cpu":
         more = (f"epochs={options.epochs}", "compile=true")

@@ -15,9 +15,10 @@ from PIL import Image
 from benchmarks import common
 from benchmarks.common import described, gpu, kernels_of_training, machine
 from benchmarks.corpus import corpus
+from benchmarks.feeding import training_batches, training_config
 from benchmarks.loader import main
 from benchmarks.pipelines import PIPELINES, SHARDS, Setting, prepare, repeated
-from benchmarks.steps import Run, first_steps, our_batches, our_step, timed_steps
+from benchmarks.steps import Run, first_steps, our_step, timed_steps
 from data.dali_loader import dali_installed
 from data.index import load_indexes
 from repghost.training.trainer import make_trainer
@@ -91,9 +92,11 @@ def test_a_repeated_data_set_has_every_image_as_often(setting: Setting, tmp_path
 
 
 def test_our_batches_are_those_of_a_training(setting: Setting, tmp_path: Path) -> None:
-    run = Run(CPU, 0.5, 4, threads=1, workers=1)
     shards = repeated(setting.folder.parent / SHARDS, 1)
-    batches = list(islice(our_batches(setting, 1, run=run, shards=shards, cache=tmp_path), 5))
+    config = training_config(CPU, f"data.root={shards}", f"data.cache={tmp_path}", "batch_size=4", "trainer.threads=1")
+    batches = list(islice(training_batches(config), 5))
+    decoded = next(training_batches(config, augmented=False))
+    assert decoded.images.dtype == torch.uint8 and torch.equal(decoded.uniforms, batches[0].uniforms)
     assert [batch.positions.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2 + [[0, 1, 2, 3]]
     images = batches[0].images
     assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32 and images.min() < -0.5
