@@ -5,6 +5,7 @@ A command runs in a session of its own, of which nothing is left when its check 
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,8 @@ class Scale:
 
     digits: keys of the runs that have to learn; short: of those that are stopped, killed or damaged. least_top1: in
     percent. batch_sizes: of the rates; images: of their corpus; repeat: times that an epoch has each of them.
-    race: batches, and images of each. measuring: further options of train_step.py.
+    race: batches, and images of each. measuring: further options of train_step.py. patience: seconds for a command, and
+    for the end of one with a failing rank.
     """
 
     digits: Mapping[str, Any]
@@ -40,6 +42,7 @@ class Scale:
     seconds: float
     race: tuple[int, int]
     measuring: tuple[str, ...]
+    patience: tuple[float, float]
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Command:
 
     def __init__(self, bench: Bench, name: str, command: list[str]) -> None:
         self._bench, self._name, self._log = bench, name, bench.folder / f"{name}.log"
+        self._until = time.monotonic() + bench.scale.patience[0]
         with open(self._log, "a") as log:
             self._process = subprocess.Popen(
                 command, cwd=bench.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -148,8 +152,9 @@ class Command:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def end(self) -> int:
+    def end(self, within: float = math.inf) -> int:
         """The exit code, once every process of its session is gone. Raises Failed when the time is over."""
+        self._until = min(self._until, time.monotonic() + within)
         while self._process.poll() is None or self._is_left():
             self._sleep()
         return self._process.returncode
@@ -168,8 +173,8 @@ class Command:
         return False
 
     def _sleep(self) -> None:
-        if time.monotonic() > self._bench.until:
-            raise Failed(f"{self._name} was still running when the time was over", self.said)
+        if time.monotonic() > min(self._until, self._bench.until):
+            raise Failed(f"{self._name} was still running when its time was over", self.said)
         time.sleep(0.05)
 
 
@@ -180,4 +185,4 @@ def require_gpu(bench: Bench) -> None:
 
 def require_devices(bench: Bench, count: int) -> None:
     if bench.devices < count:
-        raise Skipped(f"needs {count} GPUs, and this machine has {bench.devices}")
+        raise Skipped(f"needs {count} devices, and there are {bench.devices} here")

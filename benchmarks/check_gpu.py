@@ -41,7 +41,7 @@ from benchmarks.check_report import (
     no_bar,
     told,
 )
-from benchmarks.common import CORPUS, ROOT, described
+from benchmarks.common import CORPUS, ROOT, described, nvidia_smi
 from repghost.errors import UserError, run_command
 from repghost.results import commit
 
@@ -56,6 +56,7 @@ SCALES = {
         seconds=6,
         race=(50, 128),
         measuring=("--repetitions=3", "--steps=50", "--seconds=3", "--epochs=2"),
+        patience=(600, 120),
     ),
     "cpu": Scale(
         digits={"width": 0.5, "epochs": 5},
@@ -67,6 +68,7 @@ SCALES = {
         seconds=0.2,
         race=(12, 4),
         measuring=("--repetitions=1", "--steps=1", "--seconds=0.2", "--epochs=1", "--threads=1"),
+        patience=(2400, 900),  # it may share its cores with other things
     ),
 }
 MARK = ".check_gpu"  # in the folder that may be emptied
@@ -112,6 +114,7 @@ def checks(scale: Scale, kind: str) -> Iterator[Check]:
         yield Check(f"of the slower of both, {what}", partial(rates.together, **of), at_least(90, "%", "gpu"))
     yield Check("all devices: Top-1", runs.several, top1)
     yield Check("a failing rank ends all", runs.failing_rank, at_most(30, " s", "gpu"))
+    yield Check("processes on a GPU, with a rank on each", runs.contexts, at_most(1))
     for ranks in (2, 4, 8):
         what = f"train.py on {ranks} devices, of {ranks} x one"
         yield Check(what, partial(rates.scaling, ranks=ranks), at_least(80, "%", "gpu"))
@@ -183,7 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     gpus = torch.cuda.device_count()
     if not (gpus or options.cpu):
-        raise UserError("torch finds no GPU here: --cpu checks what a CPU can")
+        found = nvidia_smi("gpu", ("name", "driver_version"))
+        shown = f": nvidia-smi shows {found[0]['name']}, driver {found[0]['driver_version']}" if found else ""
+        cuda = f"torch {torch.__version__}, made for CUDA {torch.version.cuda}, finds no GPU here"
+        raise UserError(f"{cuda}{shown}; --cpu checks what a CPU can")
     device, devices = ("cpu", 2) if options.cpu else ("cuda", gpus)
     minutes = options.minutes or MINUTES["cpu" if options.cpu else "several GPUs" if gpus > 1 else "one GPU"]
     folder, out = options.folder.resolve(), options.out.resolve()

@@ -8,12 +8,13 @@ import json
 import signal
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.check_bench import Bench, require_devices, require_gpu
-from benchmarks.check_report import Failed
-from benchmarks.common import ROOT, read_table
+from benchmarks.check_report import Failed, Skipped
+from benchmarks.common import ROOT, nvidia_smi, read_table
 from data.index import load_index
 
 STOPPED = 75  # checkpoint.exit_code
@@ -144,13 +145,25 @@ def failing_rank(bench: Bench) -> float:
     keys |= {"trainer.devices": bench.devices, "batch_size": max(64, 16 * bench.devices)}
     with bench.command("failing_rank", *bench.keys("failing_rank", **keys)) as command:
         command.until(lambda: bool(bench.epochs("failing_rank")))
+        bench.kept["contexts"] = nvidia_smi("compute-apps", ("gpu_uuid", "pid")) if bench.device == "cuda" else []
         damaged = damage(cache / "digits", cache)
         began = time.monotonic()
-        code = command.end()
+        code = command.end(within=bench.scale.patience[1])
         seconds = time.monotonic() - began
     if code != 2 or damaged not in command.text:
         raise Failed(f"exit code {code} instead of 2 and a line about {damaged}", command.said)
     return seconds
+
+
+def contexts(bench: Bench) -> float:
+    """Processes on the GPU that has most of them, while each has a rank: one, unless ranks use each other's GPUs."""
+    require_gpu(bench)
+    require_devices(bench, 2)
+    if "contexts" not in bench.kept:
+        failing_rank(bench)
+    if not (found := Counter(row["gpu_uuid"] for row in bench.kept["contexts"])):
+        raise Skipped("nvidia-smi names no processes here, as in a container")
+    return max(found.values())
 
 
 def damage(shards: Path, cache: Path) -> str:

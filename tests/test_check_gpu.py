@@ -130,7 +130,7 @@ def test_a_command_leaves_nothing(bench: Bench) -> None:
         while "begun" not in command.text:
             time.sleep(0.01)
         bench.until = 0
-        with pytest.raises(Failed, match="parent was still running when the time was over"):
+        with pytest.raises(Failed, match="parent was still running when its time was over"):
             command.end()
     bench.until = time.monotonic() + 60
     command.end()  # which waits for all of its session
@@ -160,6 +160,7 @@ def test_what_checks_share_is_made_once(bench: Bench) -> None:
     assert made == [1] and bench.once("y", lambda: 2) == bench.once("y", lambda: 3) == 2
 
 
+@pytest.mark.slow
 def test_tests_have_to_run(bench: Bench) -> None:
     file = ROOT / "tests/test_schedule.py"
     assert "passed" in check_rates.tests_ran(bench, file)
@@ -218,7 +219,8 @@ def test_a_mistake_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match="holds something that is not of this program"):
         check_gpu.main(["--cpu", f"--folder={tmp_path}"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="no GPU here: --cpu"):
+    monkeypatch.setattr(check_gpu, "nvidia_smi", lambda *_: [])
+    with pytest.raises(UserError, match="finds no GPU here; --cpu"):
         check_gpu.main([f"--folder={tmp_path / 'new'}"])
 
 
@@ -240,6 +242,7 @@ def test_the_whole_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "digits, precision=fp16: Top-1",
         "evaluation on the CPU: images that differ",
         "checkpoint of a CPU, resumed on a GPU",
+        "processes on a GPU, with a rank on each",
     }
     assert lines["SIGTERM and resume"]["figure"] == "exit code 75, went on, 3 epochs"
     assert "the same as after SIGTERM" in lines["kill -9 and resume"]["figure"]
