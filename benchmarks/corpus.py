@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from repghost.machine import available_cpus
 
 CLASSES = 10
 TRAIN = "train"
+CHUNK = 50  # images that a process makes at a time
 
 
 def corpus(root: Path, images: int) -> Path:
@@ -34,8 +36,13 @@ def corpus(root: Path, images: int) -> Path:
     folder = root / f"images-{images}"
     finished = folder / "finished"
     if not finished.exists():
-        with ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn")) as processes:
-            made = processes.map(partial(_make, folder / TRAIN), range(images), chunksize=32)
+        make, numbers = partial(_make, folder / TRAIN), range(images)
+        with ExitStack() as stack:
+            made = map(make, numbers)
+            if images > CHUNK:  # processes take seconds to start
+                spawn = multiprocessing.get_context("spawn")
+                processes = stack.enter_context(ProcessPoolExecutor(available_cpus(), spawn))
+                made = processes.map(make, numbers, chunksize=CHUNK)
             for _ in tqdm(made, total=images, unit="images", desc="making the corpus"):
                 pass
         finished.touch()
