@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster lint format lock table reproduce clean
+.PHONY: help demo test test-slow test-cluster check-gpu lint format lock table reproduce clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,9 @@ $(CLUSTER)/installed: $(READY) pins.txt
 	$(CLUSTER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint pins.txt \
 		hydra-submitit-launcher hydra-optuna-sweeper
 	touch $@
+
+check-gpu: $(READY) ## prove the GPU path on this machine, with a report (30 minutes on a GPU, 40 on several; ARGS=--cpu)
+	$(BIN)/python benchmarks/check_gpu.py $(ARGS)
 
 lint: $(READY) ## format, lint, types and structure
 	$(BIN)/ruff format --check .

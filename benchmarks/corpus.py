@@ -8,6 +8,11 @@ Check: `python benchmarks/corpus.py FOLDER` prints the means.
 
 import argparse
 import io
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,14 @@ from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from repghost.machine import available_cpus
+
 CLASSES = 10
 TRAIN = "train"
+CHUNK = 50  # images that a process makes at a time
 
 
 def corpus(root: Path, images: int) -> Path:
@@ -25,15 +36,26 @@ def corpus(root: Path, images: int) -> Path:
     folder = root / f"images-{images}"
     finished = folder / "finished"
     if not finished.exists():
-        sources = _sources()
-        for number in tqdm(range(images), unit="images", desc="making the corpus"):
-            path = folder / TRAIN / f"class{number % CLASSES}" / f"{number:06d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_jpeg(sources, np.random.default_rng(number)))
+        make, numbers = partial(_make, folder / TRAIN), range(images)
+        with ExitStack() as stack:
+            made = map(make, numbers)
+            if images > CHUNK:  # processes take seconds to start
+                spawn = multiprocessing.get_context("spawn")
+                processes = stack.enter_context(ProcessPoolExecutor(available_cpus(), spawn))
+                made = processes.map(make, numbers, chunksize=CHUNK)
+            for _ in tqdm(made, total=images, unit="images", desc="making the corpus"):
+                pass
         finished.touch()
     return folder
 
 
+def _make(folder: Path, number: int) -> None:
+    path = folder / f"class{number % CLASSES}" / f"{number:06d}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_jpeg(_sources(), np.random.default_rng(number)))
+
+
+@cache
 def _sources() -> list[Image.Image]:
     shipped = [photographs.astronaut(), photographs.coffee(), photographs.chelsea(), photographs.rocket()]
     shipped += [*load_sample_images().images, np.stack([photographs.camera()] * 3, axis=2)]

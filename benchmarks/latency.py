@@ -10,6 +10,10 @@ ratio is the median of the ratios of the rounds, with their range, so that what 
 --out keeps a row a figure: rows of the same machine and setting are replaced, others stay. Absolute figures belong to a
 machine, ratios travel.
 
+On a GPU a call ends when the GPU is done, so that small batches measure launching and waiting as well, and onnxruntime
+copies images there and results back. A backend that cannot run there is left out, and each row names the device that
+ran. float32 is float32: TensorFloat-32 is off.
+
 Backends: `eager` is torch as it is, in inference mode; each network runs in the memory format in which it was faster
 just before (the column says which), and timm's reparameterized RepGhostNet contiguous too, as timm gives it. `compiled`
 is torch.compile in the format that was faster in eager mode. `onnxruntime` runs what `repghost.export` writes of the
@@ -21,7 +25,6 @@ tests/test_latency.py`.
 
 import argparse
 import importlib.util
-import platform
 import random
 import sys
 import tempfile
@@ -36,7 +39,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.latency_calls import FORMS, PACKAGES, Exports, networks, prepare, set_threads, take_turns
+from benchmarks.common import described, kernels_of_training, machine
+from benchmarks.latency_calls import FORMS, PACKAGES, Exports, cannot_run, networks, prepare, set_threads, take_turns
 from benchmarks.latency_rows import imported, merge, print_ratios, row_of
 from repghost import WIDTHS
 from repghost.errors import UserError, run_command
@@ -83,12 +87,18 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
-    if device.type == "cuda" and "executorch" in backends:
-        raise UserError("--device cuda: executorch's programs are for the CPU; --backends eager compiled")
-    what = torch.cuda.get_device_name() if device.type == "cuda" else machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in sorted({"timm", *(PACKAGES[b] for b in backends)}))
-    print(f"{what}, {available_cpus()} cores, {platform.system()} {platform.machine()}")
-    print(f"Python {platform.python_version()}, {versions}", flush=True)
+    for backend in [*backends]:
+        if reason := cannot_run(backend, device):
+            print(f"{backend}, left out: {reason}")
+            backends.remove(backend)
+    if not backends:
+        raise UserError(f"--backends {' '.join(options.backends)}: none of them runs on --device {options.device} here")
+    kernels_of_training()  # float32 is float32 on a GPU
+    facts = machine(device)
+    versions = {PACKAGES[backend]: version(PACKAGES[backend]) for backend in backends}
+    print(described({**facts, **versions}), flush=True)
+    # On a GPU the processor's threads do nothing.
+    all_threads = options.threads if device.type == "cpu" else [1]
     # Every network has the same code, and torch gives up on code that it has compiled eight times.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     made = list(networks(widths, options.forms, chosen))
@@ -96,7 +106,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     fastest: dict[Any, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         exports = Exports(Path(folder), options.image_size)
-        for threads in options.threads:
+        for threads in all_threads:
             set_threads(threads, backends)
             for batch in options.batches:
                 images = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
@@ -104,23 +114,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 candidates = list(chain.from_iterable(prepared))
                 take_turns(candidates, options.repetitions, options.seconds, rng)
                 setting = {
-                    "device": options.device, "machine": what, "threads": threads, "batch": batch,
+                    "machine": facts["device"], "threads": threads, "batch": batch,
                     "image_size": options.image_size, "date": date.today().isoformat(),
                 }  # fmt: skip
                 rows += [row_of(candidate, setting) for candidate in candidates]
                 rounds = len(candidates[0].rounds)
                 print_ratios(candidates, f"batch {batch}, {threads} thread(s), {rounds} rounds")
     return rows
-
-
-def machine() -> str:
-    """What computes, in words: the processor, or the board on ARM, whose processors do not say."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    except OSError:
-        lines = []
-    found = {key.strip(): value.strip() for key, _, value in lines}
-    return found.get("model name") or found.get("Model") or platform.processor() or platform.machine()
 
 
 def _width(text: str) -> float:

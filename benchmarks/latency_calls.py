@@ -15,6 +15,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from repghost import RepGhostNet, reparameterize, repghostnet
+from repghost.errors import UserError
 from repghost.export.formats import OLDEST_OPSET, Deployable, Deployment, write_executorch, write_onnx
 from repghost.export.runtimes import quiet
 from repghost.images import Preprocessing
@@ -29,6 +30,8 @@ MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.ch
 LEAST_ROUNDS = 3  # however long they take
 TURN = 0.05  # seconds of counted calls in a turn, at most CALLS of them
 CALLS = 20
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}  # of onnxruntime
 
 Call = Callable[[], Any]
 
@@ -51,6 +54,7 @@ class Candidate:
 
     network: Network
     backend: str
+    device: str  # that runs it: cpu or cuda
     call: Call
     memory_format: str
     calls: int
@@ -112,6 +116,18 @@ class Exports:
         return path
 
 
+def cannot_run(backend: str, device: torch.device) -> str | None:
+    """Why a backend that is installed does not run on a device, None where it does."""
+    if backend == "executorch" and device.type == "cuda":
+        return "its programs are for the CPU"
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        if (provider := PROVIDERS[device.type]) not in onnxruntime.get_available_providers():
+            return f"this onnxruntime has no {provider}, the package onnxruntime-gpu has"
+    return None
+
+
 def prepare(
     network: Network, backend: str, images: Tensor, threads: int, exports: Exports, fastest: dict[Any, str]
 ) -> list[Candidate]:
@@ -135,7 +151,7 @@ def prepare(
             call()
         seconds = min(_timed(call) for _ in range(2))
         in_turn = max(1, min(CALLS, int(TURN / seconds)))
-        candidates.append(Candidate(network, backend, call, memory_format, in_turn))
+        candidates.append(Candidate(network, backend, images.device.type, call, memory_format, in_turn))
     return candidates
 
 
@@ -161,8 +177,11 @@ def _onnxruntime_call(path: Path, images: Tensor, threads: int) -> Call:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Its threads would otherwise spin on into the turn of whoever comes next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    provider = "CUDAExecutionProvider" if images.device.type == "cuda" else "CPUExecutionProvider"
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    provider = PROVIDERS[images.device.type]
+    settings = {"use_tf32": "0"} if images.device.type == "cuda" else {}
+    session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, settings)])
+    if (used := session.get_providers()[0]) != provider:  # it warns and takes the CPU where a library is missing
+        raise UserError(f"onnxruntime runs {path.name} with {used} instead of {provider}: leave it out of --backends")
     feed = {session.get_inputs()[0].name: images.cpu().numpy()}
     return lambda: session.run(None, feed)
 

@@ -37,6 +37,7 @@ def row_of(candidate: Candidate, setting: dict[str, Any]) -> dict[str, Any]:
         "width": "" if network.width is None else f"{network.width:g}",
         "form": network.form,
         "backend": candidate.backend,
+        "device": candidate.device,
         "memory_format": candidate.memory_format,
         "median_ms": f"{middle:.4g}",
         "p10_ms": f"{deciles[0]:.4g}",

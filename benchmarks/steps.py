@@ -9,20 +9,21 @@ from typing import Any
 
 import timm
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2
 from torch import nn
 
-from benchmarks.common import ROOT
-from benchmarks.loader import IMAGE_SIZE
+from benchmarks.common import kernels_of_training, wait_for
+from benchmarks.feeding import training_config
+from benchmarks.pipelines import IMAGE_SIZE
 from repghost.dataset import Batch
-from repghost.run import resolve_recipe
 from repghost.training.trainer import keep_freed_memory
 
 CLASSES = 1000
+WARM_UP = {"cuda": 30, "cpu": 2}  # steps that compile, record, and let cuDNN time its kernels
 Step = Callable[[Batch], None]
 
 
@@ -34,12 +35,22 @@ class Run:
     width: float
     batch_size: int
     threads: int  # of a step on a CPU
-    workers: int  # of a loader beside the step
+    workers: int | str  # of this project's loader, or auto
 
     @property
     def amp(self) -> torch.autocast:
         """bf16 on a GPU, float32 on a CPU, as both projects do by default."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The keys of train.py for this training, beside those of its device."""
+        size = [f"width={self.width}", f"batch_size={self.batch_size}"]
+        return [*size, f"data.workers={self.workers}", f"trainer.threads={self.threads}"]
+
+    def config(self, *more: str) -> DictConfig:
+        """The config of train.py with these keys."""
+        return training_config(self.device, *self.overrides, *more)
 
     def batch(self) -> Batch:
         """Noise; what is in the images costs nothing."""
@@ -48,21 +59,24 @@ class Run:
         return Batch(torch.randn(shape, device=self.device), labels, torch.arange(self.batch_size), torch.empty(0))
 
     def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.device)
 
     def process(self) -> Executor:
         """A process of its own: how memory is allocated, and what is compiled, belong to a process."""
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, spawn, initializer=torch.set_num_threads, initargs=[self.threads])
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=self.set_up)
+
+    def set_up(self) -> None:
+        """Makes this process one that trains, in the same way for all that is compared."""
+        torch.set_num_threads(self.threads)
+        kernels_of_training()
 
 
 def our_step(run: Run, compile: bool | str) -> Step:
-    """ImageClassifier as train.py builds it, without Lightning around it; compile: the key of that name."""
-    overrides = ["data.root=not read", f"width={run.width}", f"compile={compile}", f"batch_size={run.batch_size}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("train", overrides)
-    resolve_recipe(config)
+    """ImageClassifier as train.py builds it, without Lightning around it; compile: the key of that name.
+
+    Its images are float32, as timm's are: on a GPU it casts them, which train.py leaves to the augmentation.
+    """
+    config = run.config("data.root=not read", f"compile={compile}")
     if run.device.type == "cpu":
         keep_freed_memory()  # as make_trainer does
     model = instantiate(config.model, num_classes=CLASSES)
@@ -107,11 +121,13 @@ _ready: dict[str, Any] = {}  # the step and the batch of this process
 
 
 def first_steps(make: Callable[[Run], Step], run: Run) -> float:
-    """Makes the step and runs the first two; seconds without imports."""
+    """Makes the step and warms it up; seconds to the end of the second step, without imports."""
     start = time.perf_counter()
     _ready.update(step=make(run), batch=run.batch())
     timed_steps(run, 2)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    timed_steps(run, WARM_UP[run.device.type] - 2)
+    return seconds
 
 
 def timed_steps(run: Run, steps: int) -> float:

@@ -6,8 +6,10 @@
 makes JPEG files like ImageNet's (benchmarks/corpus.py), shards of them, and measures
 - step: forward, loss, backward, optimizer and average on one batch that stays on the device, this project's and timm's
   in turns, --repetitions times. timm's is what its training script does by default: planar layout, its SGD, loss and
-  ModelEmaV2, no torch.compile; on a GPU both use bf16, and timm's is measured with channels_last and torch.compile too;
-- loader: batches of the recipe's crops alone, with as many workers as cores (see benchmarks/loader.py);
+  ModelEmaV2, no torch.compile; on a GPU both use bf16, and timm's is measured with channels_last and torch.compile too.
+  Both let cuDNN choose its kernels by timing them and go without TensorFloat-32, as train.py does;
+- loader: augmented batches on the device, alone: from the data module of train.py, with the loader, the workers and the
+  augmentation that a training on this device has; timm's with its prefetcher on a GPU, and as many workers as cores;
 - end to end: `python train.py` with its config, callbacks, checkpoints and validation, in a process of its own; the
   rate is that of its last epoch, which timing.csv holds. timm's loader and step in a loop, for comparison;
 - first step: seconds from the command to the end of the first step; a second run of this benchmark finds its index and
@@ -20,6 +22,7 @@ the other one is measured beside it.
 On a CPU the loader's workers and the step share the cores: together they cannot reach the slower of the two, but
 1 / (1 / step + 1 / loader), which is printed as the bound. On a GPU the bound is the slower of the two.
 Rates are medians over repetitions, ratios medians of the ratios within one. --out gets a row a figure.
+--alone leaves timm out, and the ratios.
 """
 
 import os
@@ -39,14 +42,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import ROOT, machine, rates, read_table, write_table
-from benchmarks.loader import Setting, corpus_facts, measure, ours, ours_recipe, prepare, timm_recipe
-from benchmarks.steps import Run, first_steps, our_step, timed_steps, timm_step
-from data.dali_loader import DaliLoader, dali_installed
-from data.torch_loader import TorchLoader
+from benchmarks.common import CORPUS, ROOT, described, machine, rates, read_table, write_table
+from benchmarks.feeding import training_batches
+from benchmarks.loader import measure
+from benchmarks.pipelines import SHARDS, Pipeline, Setting, corpus_facts, prepare, repeated, timm_recipe
+from benchmarks.steps import WARM_UP, Run, first_steps, our_step, timed_steps, timm_step
 from repghost.dataset import Batch
 from repghost.machine import available_cpus
 from repghost.training.trainer import keep_compiled
@@ -61,14 +65,16 @@ Row = dict[str, Any]
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def step_rows(run: Run, repetitions: int, steps: int, compiled: bool) -> Iterator[Row]:
-    """A row a step; compiled: also ours with compile=true where that is not the default."""
+def step_rows(run: Run, repetitions: int, steps: int, quick: bool, alone: bool) -> Iterator[Row]:
+    """A row a step; not quick: also in the ways that are not the default. alone: without timm's."""
     kinds = {"step: timm": partial(timm_step, compile=False), "step: ours": partial(our_step, compile="auto")}
     if run.device.type == "cuda":
-        kinds["step: ours, not compiled"] = partial(our_step, compile=False)
         kinds["step: timm, channels_last, compiled"] = partial(timm_step, compile=True)
-    elif compiled:
-        kinds["step: ours, compiled"] = partial(our_step, compile=True)
+    if not quick:
+        other = {"cuda": ("not compiled", False), "cpu": ("compiled", True)}
+        name, compile = other[run.device.type]
+        kinds[f"step: ours, {name}"] = partial(our_step, compile=compile)
+    kinds = {name: make for name, make in kinds.items() if not (alone and "timm" in name)}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(run.process()) for name in kinds}
         begun = {name: worker.submit(first_steps, kinds[name], run).result() for name, worker in workers.items()}
@@ -77,29 +83,35 @@ def step_rows(run: Run, repetitions: int, steps: int, compiled: bool) -> Iterato
             for name, worker in workers.items():
                 found[name].append(steps * run.batch_size / worker.submit(timed_steps, run, steps).result())
     for name in kinds:
-        yield {"what": name, "seconds_to_begin": begun[name], **rates(found[name], found["step: timm"])}
+        yield {"what": name, "seconds_to_begin": begun[name], **rates(found[name], found.get("step: timm"))}
 
 
 # -- loaders, and both together ---------------------------------------------------------------------------------------
 
 
-def loader_rows(run: Run, setting: Setting, repetitions: int, seconds: float) -> Iterator[Row]:
-    """A row a loader: what a training on this device takes from it; timm's augments in its workers."""
-    cores, kind = available_cpus(), DaliLoader if dali_installed() else TorchLoader
-    # On a CPU our augmentation runs beside the workers and is part of the loader's cost, on a GPU it is the GPU's.
-    mine = ours_recipe if run.device.type == "cpu" else ours
-    kinds = {"loader: timm": timm_recipe, "loader: ours": partial(mine, kind=kind)}
+def loader_rows(run: Run, setting: Setting, config: DictConfig, options: argparse.Namespace) -> Iterator[Row]:
+    """A row a loader: augmented batches on the device. config: of the training that takes this project's."""
+
+    def ours(setting: Setting, workers: int) -> Iterator[Batch]:
+        return training_batches(config)
+
+    cores = available_cpus()
+    kinds: dict[str, Pipeline] = {"loader: ours": ours}
+    if not options.alone:
+        kinds = {"loader: timm": timm_recipe, **kinds}
     found: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(repetitions):
+    for _ in range(options.repetitions):
         for name, pipeline in kinds.items():
-            found[name].append(measure(pipeline, setting, cores, seconds).second)
+            found[name].append(measure(pipeline, setting, cores, options.seconds).second)
     for name in kinds:
-        yield {"what": name, "workers": cores, **rates(found[name], found["loader: timm"])}
+        workers = run.workers if name == "loader: ours" else cores
+        yield {"what": name, "workers": workers, **rates(found[name], found.get("loader: timm"))}
 
 
 def timm_end_to_end(run: Run, setting: Setting, batches: int) -> float:
     """Images per second of timm's loader and its step in a loop."""
-    step, loader = timm_step(run, False), iter(timm_recipe(setting, run.workers))
+    workers = available_cpus() if run.workers == "auto" else int(run.workers)
+    step, loader = timm_step(run, False), iter(timm_recipe(setting, workers))
 
     def train_on(count: int) -> None:
         for images, labels in islice(loader, count):
@@ -107,33 +119,30 @@ def timm_end_to_end(run: Run, setting: Setting, batches: int) -> float:
             step(Batch(*moved, labels, torch.empty(0)))
         run.wait()
 
-    train_on(3)
+    train_on(max(WARM_UP[run.device.type], 3))
     start = time.perf_counter()
     train_on(batches)
     return batches * run.batch_size / (time.perf_counter() - start)
 
 
-def train_rows(run: Run, shards: Path, cache: Path, timms: float, name: str, *more: str) -> Iterator[Row]:
-    """One run of train.py: a row for the whole, for its first step, and for every stage of a step."""
+def train_rows(run: Run, shards: Path, cache: Path, timms: float | None, name: str, *more: str) -> Iterator[Row]:
+    """One run of train.py: a row for the whole, for its first step, and for every stage of a step.
+
+    timms: images per second of timm's, None to do without the ratio.
+    """
     with tempfile.TemporaryDirectory() as folder:
         arguments = [
-            f"width={run.width}", f"batch_size={run.batch_size}", f"data.root={shards}", f"data.cache={cache}",
-            f"data.workers={run.workers}",
-            f"trainer={'cpu' if run.device.type == 'cpu' else 'gpu'}", "trainer.devices=1",
-            f"trainer.threads={run.threads}", "profile=true", "name=run", f"output={folder}",
-            f"results={folder}/results.csv", *more,
+            f"trainer={'cpu' if run.device.type == 'cpu' else 'gpu'}", "trainer.devices=1", *run.overrides,
+            f"data.root={shards}", f"data.cache={cache}", "profile=true", "name=run",
+            f"output={folder}", f"results={folder}/results.csv", *more,
         ]  # fmt: skip
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"train.py failed:\n{done.stdout}\n{done.stderr}")
         timing, stages = (read_table(Path(folder, "run", file)) for file in ("timing.csv", "profile.csv"))
     rate = float(timing[-1]["images_per_second"])
-    yield {
-        "what": f"end to end: {name}",
-        "workers": run.workers,
-        "images_per_second": rate,
-        "ratio_to_timm": rate / timms,
-    }
+    ratio = {} if timms is None else {"ratio_to_timm": rate / timms}
+    yield {"what": f"end to end: {name}", "workers": run.workers, "images_per_second": rate, **ratio}
     started = next(line for line in done.stdout.splitlines() if line.startswith("start "))
     yield {"what": f"first step after the command: {name}", "seconds": float(started.split()[-5])}
     for stage in stages:
@@ -150,7 +159,7 @@ def train_rows(run: Run, shards: Path, cache: Path, timms: float, name: str, *mo
 def memory_rows(device: torch.device, threads: int) -> Iterator[Row]:
     """A row a width and batch size; why it failed where it does not fit."""
     widths, sizes = MEMORY[device.type]
-    for run in (Run(device, width, size, threads, workers=0) for width in widths for size in sizes):
+    for run in (Run(device, width, size, threads, workers=1) for width in widths for size in sizes):
         row = {"what": f"memory: width {run.width:g}, batch {run.batch_size}", "batch_size": run.batch_size}
         with run.process() as process:
             try:
@@ -201,7 +210,8 @@ def verdicts(device: torch.device, table: list[Row]) -> Iterator[str]:
 def line(row: Row) -> str:
     if "images_per_second" in row:
         begin = f"   {row['seconds_to_begin']:.0f} s to begin" if "seconds_to_begin" in row else ""
-        text = f"{row['images_per_second']:9.1f} images/s {row['ratio_to_timm']:6.2f} x timm{begin}"
+        ratio = f"{row['ratio_to_timm']:6.2f} x timm" if "ratio_to_timm" in row else ""
+        text = f"{row['images_per_second']:9.1f} images/s {ratio}{begin}"
     elif "share_of_step" in row:
         text = f"{row['milliseconds_per_step']:9.2f} ms {row['share_of_step']:12.1%}"
     elif "seconds" in row:
@@ -209,19 +219,6 @@ def line(row: Row) -> str:
     else:
         text = f"{row['megabytes']:9.0f} MB" if "megabytes" in row else row["failed"]
     return f"{row['what']:40s} {text}"
-
-
-def repeated(corpus: Path, times: int) -> Path:
-    """A folder with `times` links to every training shard of a corpus, and one to the first for validation."""
-    folder = corpus / f"repeated-{times}"
-    folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(corpus.glob("shards/train-*.tar"))
-    links = {f"train-{number:06d}.tar": shard for number, shard in enumerate(found * times)}
-    for name, shard in {**links, "val-000000.tar": found[0]}.items():
-        link = folder / name
-        if not link.exists():
-            link.symlink_to(shard.resolve())
-    return folder
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -237,30 +234,34 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=50 if gpu else 1, help="of a repetition")
     add("--seconds", type=float, default=3, help="of one measurement of a loader")
     add("--epochs", type=int, default=2, help="of the run of train.py")
-    add("--workers", type=int, default=available_cpus(), help="of the loader, end to end")
+    add("--workers", default="auto", help="of this project's loader: data.workers of train.py")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the step on a CPU")
-    add("--corpus", type=Path, default=Path("~/.cache/repghost/benchmark"), help="folder of the JPEG files")
+    add("--corpus", type=Path, default=CORPUS, help="folder of the JPEG files")
     add("--out", type=Path, default=ROOT / "results/train_step.csv", help="CSV file")
     add("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu", help="where to train")
-    add("--quick", action="store_true", help="neither memory nor, on a CPU, the compiled step")
+    add("--quick", action="store_true", help="neither memory nor what is not the default of train.py on this device")
+    add("--alone", action="store_true", help="without timm's side")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parsed(arguments)
     device, corpus = torch.device(options.device), options.corpus.expanduser()
-    torch.set_num_threads(options.threads)
-    keep_compiled(corpus / "compiled")
+    facts = {"width": options.width, "repetitions": options.repetitions, **machine(device)}
     run = Run(device, options.width, options.batch_size, options.threads, options.workers)
-    setting = prepare(corpus, options.images, options.batch_size)
-    shards = repeated(setting.folder.parent, options.repeat)
+    run.set_up()
+    keep_compiled(corpus / "compiled")
+    setting = prepare(corpus, options.images, options.batch_size, device, options.width)
+    shards = repeated(setting.folder.parent / SHARDS, options.repeat)
 
-    table = list(step_rows(run, options.repetitions, options.steps, not options.quick))
-    torch.set_num_threads(1)  # beside busy workers threads would wait for each other (benchmarks/NOTES.md)
-    table += loader_rows(run, setting, options.repetitions, options.seconds)
-    torch.set_num_threads(options.threads)
-    timms = timm_end_to_end(run, setting, max(options.repetitions * options.steps, 3))
-    table.append({"what": "end to end: timm", "workers": run.workers, "images_per_second": timms, "ratio_to_timm": 1.0})
+    table = list(step_rows(run, options.repetitions, options.steps, options.quick, options.alone))
+    table += loader_rows(run, setting, run.config(f"data.root={shards}", f"data.cache={corpus}"), options)
+    timms = None
+    if not options.alone:
+        timms = timm_end_to_end(run, setting, max(options.repetitions * options.steps, 3))
+        table.append({"what": "end to end: timm", "images_per_second": timms, "ratio_to_timm": 1.0})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what this process keeps, train.py cannot have
     table += train_rows(run, shards, corpus, timms, "ours", f"epochs={options.epochs}")
     if not options.quick and device.type == "cpu":
         more = (f"epochs={options.epochs}", "compile=true")
@@ -268,12 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.quick:
         table += memory_rows(device, options.threads)
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
-    facts = {
-        "device": name, "width": options.width, "repetitions": options.repetitions,
-        **corpus_facts(setting), **machine(),
-    }  # fmt: skip
-    print("; ".join(f"{key} {value}" for key, value in facts.items()))
+    facts |= corpus_facts(setting) | {"threads": options.threads}
+    print(described(facts))
     print(*verdicts(device, table), *map(line, table), sep="\n")
     write_table(options.out, [facts | row for row in table])
 

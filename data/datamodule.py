@@ -67,7 +67,7 @@ class ImageNetData(DataModule):
             raise UserError(f"data.root={self.root}: {what}: copy them to a local folder")
         self._indexes: dict[str, Index] = {}
         self._copies: torch.cuda.Stream | None = None
-        self._plan: LoaderPlan | None = None
+        self._loader_plan: LoaderPlan | None = None
 
     # -- what the data set is --------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class ImageNetData(DataModule):
     def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
         device = self._trainer.strategy.root_device
         ranks = self._trainer.world_size // self._trainer.num_nodes
-        plan = self._plan = self._plan or self._planned(device.type == "cuda", ranks)
+        plan = self._loader_plan = self._loader_plan or self._planned(device.type == "cuda", ranks)
         shared = LoaderOptions(
             workers=plan.workers,
             readers=plan.readers,
@@ -198,7 +198,7 @@ class ImageNetTraining(ImageNetData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._batch = 0  # number in its epoch of the batch that is on its way to the device
-        self._plan: RowPlan | None = None  # of its augmentation
+        self._rows: RowPlan | None = None  # of its augmentation
         self._training: TorchLoader | DaliLoader | None = None
 
     @property
@@ -252,7 +252,7 @@ class ImageNetTraining(ImageNetData):
         if self._trainer.training:
             self._batch = int(batch.positions[0]) // (self.batch_size // self._trainer.accumulate_grad_batches)
             on_gpu = self._trainer.strategy.root_device.type == "cuda"
-            self._plan = self.augment.plan(batch.uniforms) if on_gpu else None
+            self._rows = self.augment.plan(batch.uniforms) if on_gpu else None
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -261,7 +261,7 @@ class ImageNetTraining(ImageNetData):
             return super().on_after_batch_transfer(batch, dataloader_idx)
         seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
-        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise, self._plan))
+        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise, self._rows))
 
     # -- for data.show ---------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[st
     Columns and rows of others stay what they are; the file is written whole or not at all.
     """
     path, fused = Path(os.path.realpath(path)), evaluation["fused"]  # what a link leads to, not the link, is replaced
-    about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": _commit(), "name": name, "data": data}
+    about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "name": name, "data": data}
     row = {**fused, **evaluation, **about, "fused_top1": fused["top1"], "fused_top5": fused["top5"]}
     cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
     cells |= {key: as_cell(str(cells[key])) for key in _TEXTS if cells[key] is not None}
@@ -198,7 +198,7 @@ def _points(value: str) -> str:
     return f"{float(value):.2f}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """The short hash of the code's commit, with a + where files differ from it; empty outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

@@ -32,6 +32,12 @@ TINY = [
 ]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what is marked as needing a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images in shards of 16."""

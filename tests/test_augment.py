@@ -309,7 +309,7 @@ def test_the_data_module_plans_for_a_gpu(device: str, monkeypatch: pytest.Monkey
     assert [plan is not None for plan in plans] == [device == "cuda"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_without_synchronisation() -> None:
     """Jitter has the CPU's bits; resampling may round otherwise, as a GPU fuses products and sums."""
     images, rows = crops(), draws(6)

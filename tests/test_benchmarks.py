@@ -1,15 +1,27 @@
-"""The loader benchmark runs, on a corpus that is as it says, and writes every figure of every pipeline."""
+"""The benchmarks run on a corpus that is as they say, measure what train.py does, and say where they ran."""
 
 import csv
+import os
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks import common
+from benchmarks.common import described, gpu, kernels_of_training, machine
 from benchmarks.corpus import corpus
-from benchmarks.loader import PIPELINES, main
+from benchmarks.feeding import training_batches, training_config
+from benchmarks.loader import main
+from benchmarks.pipelines import PIPELINES, SHARDS, Setting, prepare, repeated
+from benchmarks.steps import Run, first_steps, our_step, timed_steps
 from data.dali_loader import dali_installed
+from data.index import load_indexes
+from repghost.training.trainer import make_trainer
 
 PIPELINE_FIGURES = {
     "images_per_second",
@@ -23,7 +35,7 @@ PIPELINE_FIGURES = {
 }
 STAGE_FIGURES = {"milliseconds_per_image", "share_of_stages"}
 FACTS = {"workers", "repetitions", "images", "kilobytes", "batch_size", "cores"}
-NAMES = {"what", "cpu", "python", "torch", "torchvision", "timm", "pillow", "date"}
+NAMES = {"what", "device", "load", "cpu", "python", "torch", "torchvision", "timm", "pillow", "date"}
 
 
 def test_loader_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,3 +70,102 @@ def test_corpus_is_like_imagenet_and_made_once(tmp_path: Path) -> None:
     assert 85_000 < np.mean([file.stat().st_size for file in files]) < 110_000
     before = [file.stat().st_mtime_ns for file in files]
     assert corpus(tmp_path, 40) == folder and [file.stat().st_mtime_ns for file in files] == before
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return prepare(tmp_path_factory.mktemp("corpus"), images=8, batch_size=4, device=CPU)
+
+
+def test_a_repeated_data_set_has_every_image_as_often(setting: Setting, tmp_path: Path) -> None:
+    folder = repeated(setting.folder.parent / SHARDS, 3)
+    assert repeated(setting.folder.parent / SHARDS, 3) == folder
+    once = np.unique(setting.original.samples)
+    index = load_indexes(folder, ["train", "val"], tmp_path)
+    train, val = index["train"], index["val"]
+    assert len(train) == 3 * len(once) == 24 and len(val) == 8 and len(train.shards) == 3
+    for field in ("offset", "size", "crc32", "label"):
+        assert (np.sort(train.samples[field]) == np.sort(np.tile(once[field], 3))).all()
+
+
+def test_our_batches_are_those_of_a_training(setting: Setting, tmp_path: Path) -> None:
+    shards = repeated(setting.folder.parent / SHARDS, 1)
+    config = training_config(CPU, f"data.root={shards}", f"data.cache={tmp_path}", "batch_size=4", "trainer.threads=1")
+    batches = list(islice(training_batches(config), 5))
+    decoded = next(training_batches(config, augmented=False))
+    assert decoded.images.dtype == torch.uint8 and torch.equal(decoded.uniforms, batches[0].uniforms)
+    assert [batch.positions.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2 + [[0, 1, 2, 3]]
+    images = batches[0].images
+    assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32 and images.min() < -0.5
+    assert not torch.equal(images, batches[2].images), "the next epoch has other crops"
+
+
+def test_a_step_is_timed_after_warming_up() -> None:
+    run = Run(CPU, 0.5, 2, threads=1, workers=1)
+    assert first_steps(lambda run: our_step(run, compile="auto"), run) > 0
+    assert timed_steps(run, 1) > 0
+
+
+def test_both_sides_have_the_kernels_of_a_training(tmp_path: Path) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags: list[tuple[Any, str]] = [(cudnn, "benchmark"), (cudnn, "allow_tf32"), (matmul, "allow_tf32")]
+    before, found = [getattr(owner, name) for owner, name in flags], []
+    try:
+        for set_up in (kernels_of_training, lambda: trainer_in(tmp_path)):
+            for owner, name in flags:
+                setattr(owner, name, name == "allow_tf32")
+            set_up()
+            found.append([getattr(owner, name) for owner, name in flags])
+    finally:
+        for (owner, name), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
+    assert found[0] == found[1] == [True, False, False]
+
+
+def trainer_in(folder: Path) -> None:
+    make_trainer(
+        accelerator="cpu", devices=1, num_nodes=1, precision="auto", deterministic=False, threads=1, timeout_minutes=1,
+        directory=folder,
+    )  # fmt: skip
+
+
+SMI = """#!/bin/sh
+case "$1" in
+  *compute-apps*) echo "GPU-one, 11"; echo "GPU-two, 12"; echo "GPU-one, $OWN" ;;
+  *) echo "GPU-two, 570, 1, 2, 3, 4"; echo "GPU-one, 580.65, 1755, 1980, 2619, 2619" ;;
+esac
+"""
+
+
+def test_the_facts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that nvidia-smi tells, of the GPU that torch uses, which need not be its first one."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("OWN", str(os.getpid()))
+    of_torch = SimpleNamespace(name="NVIDIA H100", uuid="one")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_torch)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    facts = gpu(torch.device("cuda"))
+    assert facts == {
+        "device": "NVIDIA H100",
+        "driver": "580.65",
+        "sm_mhz": "1755 of 1980",
+        "memory_mhz": "2619 of 2619",
+        "other_gpu_processes": 1,
+    }
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert gpu(torch.device("cuda"))["driver"] == ""
+
+
+def test_the_machine_and_whether_it_was_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 9, 9))
+    facts = machine(CPU)
+    assert facts["device"] == facts["cpu"] == common.processor() != ""
+    assert described(facts).endswith("the machine was otherwise idle")
+    busy = described(facts | {"load": 3.2, "cores": 2, "other_gpu_processes": 1})
+    assert busy.endswith("the machine was NOT otherwise idle: load 3.2 on 2 cores, 1 other process(es) on the GPU")

@@ -389,7 +389,7 @@ def test_the_time_of_the_training_processs_threads_is_measured(
     assert found[0] > 0 and "read in a thread" in capsys.readouterr().out and caplog.text == ""
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_on_a_gpu_batches_are_close_to_the_torch_loaders(kind: str, index: Index) -> None:
     crops = training(index, 16, 224) if kind == "training" else evaluation(index, 16, 224)

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from benchmarks import latency
-from benchmarks.latency_calls import FORMS, FUSED, PACKAGES, TIMM, TRAINING, networks
+from benchmarks.latency_calls import (
+    FORMS,
+    FUSED,
+    PACKAGES,
+    PROVIDERS,
+    TIMM,
+    TRAINING,
+    Exports,
+    cannot_run,
+    networks,
+    prepare,
+)
 from benchmarks.latency_rows import COLUMNS, imported, merge
 from repghost import figures
 from repghost.errors import UserError
@@ -40,7 +51,7 @@ def test_every_form_and_peer_has_a_row(tmp_path: Path, capsys: pytest.CaptureFix
         assert 0 < float(row["p10_ms"]) <= float(row["median_ms"]) <= float(row["p90_ms"])
         assert float(row["images_per_second"]) == pytest.approx(1000 / float(row["median_ms"]), rel=2e-3)
         assert row["memory_format"] in ("contiguous", "channels_last") and row["machine"] and row["date"]
-        assert row["versions"] == f"torch {version('torch')}"
+        assert row["versions"] == f"torch {version('torch')}" and row["device"] == "cpu"
     assert {(row["family"], row["top1"]) for row in rows} == {("RepGhostNet", "66.980"), ("GhostNet", "73.960")}
     printed = capsys.readouterr().out
     assert "times as fast as repghostnet_050 (timm_reparameterized" in printed
@@ -73,6 +84,34 @@ def test_other_backends(backend: str, tmp_path: Path) -> None:
     latency.main([*SMALL, "--image-size", "64", "--backends", backend, "--peers", f"--out={out}"])
     torch.set_num_threads(threads)
     assert [(r["form"], r["backend"]) for r in rows_of(out)] == [(form, backend) for form in FORMS]
+
+
+def test_a_backend_that_a_device_lacks_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """onnxruntime without its CUDA provider runs on the CPU after a warning: no row may call that a GPU's figure."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert cannot_run("onnxruntime", cpu) is None and cannot_run("eager", cuda) is None
+    assert "no CUDAExecutionProvider" in (cannot_run("onnxruntime", cuda) or "")
+    assert "for the CPU" in (cannot_run("executorch", cuda) or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = tmp_path / "latency.csv"
+    with pytest.raises(UserError, match="none of them runs on --device cuda"):
+        latency.main(["--device", "cuda", "--backends", "onnxruntime", "executorch", f"--out={out}"])
+    assert capsys.readouterr().out.count("left out: ") == 2 and not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the provider")
+    monkeypatch.setitem(PROVIDERS, "cpu", "CUDAExecutionProvider")  # as on a GPU
+    (network,) = networks([0.5], [FUSED], [])
+    with pytest.raises(UserError, match="with CPUExecutionProvider instead of CUDAExecutionProvider"):
+        prepare(network, "onnxruntime", torch.zeros(1, 3, 32, 32), 1, Exports(tmp_path, 32), {})
 
 
 def phone(**changes: str) -> dict[str, str]:
