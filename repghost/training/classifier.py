@@ -1,7 +1,8 @@
 """ImageClassifier: what a training step, a validation and a checkpoint of a run are.
 
-Batches arrive from the data module with images float32 [N, 3, H, W] on the device, labels int64 [N] and positions
-int64 [N]; label -1 marks a row without an image. Raw and averaged weights are validated side by side in float32.
+Batches arrive from the data module with images float32 [N, 3, H, W] on the device (in a training in bf16 on a GPU:
+bfloat16, in channels_last), labels int64 [N] and positions int64 [N]; label -1 marks a row without an image. Raw and
+averaged weights are validated side by side in float32.
 Check: `pytest tests/test_classifier.py`.
 """
 
