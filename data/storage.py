@@ -21,6 +21,7 @@ from fsspec.asyn import get_loop, sync
 from fsspec.callbacks import Callback
 from fsspec.config import conf
 from fsspec.core import url_to_fs
+from fsspec.registry import register_implementation
 
 from repghost.errors import DISK_FULL, UserError, chain, printable
 from repghost.extras import how_to_install
@@ -229,10 +230,11 @@ def _options(protocol: str, timeout: float) -> dict[str, Any]:
 def _options_of_google(configured: dict[str, Any], timeout: float) -> dict[str, Any]:
     from aiohttp import ClientTimeout
 
-    if "endpoint_url" in configured or "STORAGE_EMULATOR_HOST" in os.environ:
-        # Before anything else it would ask for the kind of the bucket, by gRPC, which an emulator does not speak.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     gcsfs = import_module("gcsfs.core")
+    if "endpoint_url" in configured or "STORAGE_EMULATOR_HOST" in os.environ:
+        # gcsfs's other class would first ask for the kind of the bucket, by gRPC, which an emulator does not speak.
+        for protocol in ("gs", "gcs"):
+            register_implementation(protocol, gcsfs.GCSFileSystem, clobber=True)
     if "GCSFS_DEBUG" not in os.environ:
         logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns for each file where it may not ask for the kind
     for name in ("_request", "_get_file_request"):  # without its decorator: six attempts, and a traceback in the log

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 # Modules at the top level, as import statements name them; of the packages that all commands need under "".
 EXTRAS = {
-    "": ("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "numpy", "matplotlib", "safetensors",
-         "huggingface_hub", "filelock", "PIL", "tqdm", "omegaconf", "yaml"),
+    "": ("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "numpy",
+         "matplotlib", "safetensors", "huggingface_hub", "filelock", "PIL", "tqdm", "omegaconf", "yaml"),
     "train": ("hydra", "webdataset", "wandb", "tensorboard", "sklearn", "scipy", "pyarrow", "braceexpand", "fsspec",
               "aiohttp", "nvidia", "pydantic", "pydantic_core"),
     "remote": ("s3fs", "gcsfs"),

@@ -1,7 +1,7 @@
 """Runs of train.py and evaluate.py in this process, on small real data."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,3 +90,16 @@ def train_tiny(run: Program, shards: Path) -> Program:
 def evaluate_with(run: Program) -> Program:
     """Calls evaluate.py."""
     return lambda *arguments: run(evaluate.main, *arguments)
+
+
+@pytest.fixture
+def fresh_wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """wandb as in a new process: it keeps the settings of the first run, and Lightning its mode in the environment."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()
+    yield
+    wandb.teardown()

@@ -38,6 +38,7 @@ FACTS = {"workers", "repetitions", "images", "kilobytes", "batch_size", "cores"}
 NAMES = {"what", "device", "load", "cpu", "python", "torch", "torchvision", "timm", "pillow", "date"}
 
 
+@pytest.mark.slow
 def test_loader_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results" / "loader.csv"
     options = {"images": 24, "batch-size": 4, "seconds": 0.01, "repetitions": 1, "workers": 1}

@@ -75,7 +75,7 @@ def test_a_command_ends_with_its_own_exit_code(tmp_path: Path) -> None:
 
 
 # Distributions that come with others that pyproject.toml names.
-PART_OF = {"aiohttp", "pydantic-core", "pytorch-lightning"}
+PART_OF = {"aiohttp", "lightning-utilities", "pydantic-core", "pytorch-lightning"}
 
 
 def requirements(extra: str) -> set[str]:

@@ -346,7 +346,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> Queue:
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
-@pytest.mark.parametrize("readers", [0, 1])
+@pytest.mark.parametrize("readers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_gpu_that_is_behind_reads_the_right_images(kind: str, readers: int, index: Index, computing: Queue) -> None:
     """The host is done with all batches, and has dropped them, before the GPU has read the first of them."""
     crops = training(index, 4, 64) if kind == "training" else evaluation(index, 4, 64)

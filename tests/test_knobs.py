@@ -226,7 +226,7 @@ def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built]) -> N
 
 def test_files_are_where_keys_say(train_tiny: Program) -> None:
     options = [option for option, _ in FILES.values()]
-    assert train_tiny("data=digits", "epochs=1", "batch_size=512", "data.eval_batch_size=512", *options) == 0
+    assert train_tiny("data=digits", "epochs=1", "batch_size=64", "data.eval_batch_size=512", *options) == 0
     assert [file for _, file in FILES.values() if not list(Path().glob(file))] == []
 
 

@@ -242,8 +242,6 @@ def started(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyte
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # or it looks for credentials on the network
         patch.setenv("NO_GCE_CHECK", "true")
         patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "")
-        patch.delenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")  # it is set in a test, and no longer after the last
         patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # the hub's waits
         store = STORES[request.param](shards)
         yield store

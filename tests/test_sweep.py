@@ -266,6 +266,7 @@ def test_damaged_compiled_files_are_removed(tmp_path: Path, monkeypatch: pytest.
     assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "whole.so.load_ok", "a.py"}
 
 
+@pytest.mark.usefixtures("fresh_wandb")
 def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from repghost.training.classifier import ImageClassifier
 
@@ -289,16 +290,14 @@ def test_a_resumed_run_goes_on_in_wandb(train_tiny: Program, monkeypatch: pytest
     assert [path.name for path in written] == [f"run-{identity}.wandb"] * 2
 
 
+@pytest.mark.usefixtures("fresh_wandb")
 def test_wandb_asks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A training must not wait at a terminal until somebody says who logs in."""
-    import wandb
-
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    wandb.teardown()  # it keeps the settings of the first run in this process: an offline one asks nothing
     terminal, screen = pty.openpty()
     with os.fdopen(screen, "r") as stdin, os.fdopen(os.dup(screen), "w") as stderr:
         monkeypatch.setattr(sys, "stdin", stdin)

@@ -108,8 +108,8 @@ def test_other_precisions_train(train_tiny: Program, precision: str) -> None:
     assert train_tiny(f"precision={precision}", "epochs=1") == (0 if precision == "bf16" else 2)
 
 
+@pytest.mark.usefixtures("fresh_wandb")
 def test_loggers_write_beside_metrics_csv(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
     assert train_tiny("epochs=1", "name=a", "logger=wandb", "logger.offline=true") == 0
     assert list(Path("outputs/a/wandb").glob("offline-run-*/*.wandb"))
     assert train_tiny("epochs=1", "name=b", "logger=tensorboard") == 0

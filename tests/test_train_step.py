@@ -44,6 +44,7 @@ def trained(steps: int, **options: object) -> ImageClassifier:
     return classifier
 
 
+@pytest.mark.slow
 def test_step_and_validation_are_a_graph_each_and_compiled_once(
     monkeypatch: pytest.MonkeyPatch, train_tiny: Program
 ) -> None:
