@@ -9,10 +9,11 @@ import signal
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.check_bench import Bench, require_devices, require_gpu
+from benchmarks.check_bench import Bench, Command, require_devices, require_gpu
 from benchmarks.check_report import Failed, Skipped
 from benchmarks.common import ROOT, nvidia_smi, read_table
 from data.index import load_index
@@ -85,26 +86,31 @@ def resumed(bench: Bench, name: str, **keys: Any) -> str:
     return f"went on, {len(wanted)} epochs"
 
 
+def stopped(bench: Bench, name: str, send: Callable[[Command], None], **more: Any) -> tuple[int, str]:
+    """Exit code and output of a short run to which `send` sends a signal in its second epoch; more: keys."""
+    with bench.command(name, *bench.keys(name, **bench.scale.short, **more)) as command:
+        command.until(lambda: bool(bench.epochs(name)))
+        send(command)
+        return command.end(), command.said
+
+
+def stopped_by_sigterm(bench: Bench, name: str, **more: Any) -> str:
+    """SIGTERM in the second epoch; says which exit code came, the one that is documented."""
+    code, said = stopped(bench, name, lambda command: command.signal(signal.SIGTERM), **more)
+    if code != STOPPED:
+        raise Failed(f"exit code {code} after SIGTERM", said)
+    return f"exit code {code}"
+
+
 def sigterm(bench: Bench) -> str:
     """SIGTERM in the second epoch, and the same command again."""
-    keys = bench.scale.short
-    with bench.command("sigterm", *bench.keys("sigterm", **keys)) as command:
-        command.until(lambda: bool(bench.epochs("sigterm")))
-        command.signal(signal.SIGTERM)
-        code = command.end()
-    if code != STOPPED:
-        raise Failed(f"exit code {code} after SIGTERM", command.said)
-    return f"exit code {code}, {resumed(bench, 'sigterm', **keys)}"
+    return f"{stopped_by_sigterm(bench, 'sigterm')}, {resumed(bench, 'sigterm', **bench.scale.short)}"
 
 
 def sigkill(bench: Bench) -> str:
     """kill -9 in the second epoch, and the same command again; on a CPU the results of any stop are the same."""
-    keys = bench.scale.short
-    with bench.command("sigkill", *bench.keys("sigkill", **keys)) as command:
-        command.until(lambda: bool(bench.epochs("sigkill")))
-        command.signal_all(signal.SIGKILL)
-        command.end()
-    said = resumed(bench, "sigkill", **keys)
+    stopped(bench, "sigkill", lambda command: command.signal_all(signal.SIGKILL))
+    said = resumed(bench, "sigkill", **bench.scale.short)
     if bench.device != "cpu" or not bench.epochs("sigterm"):
         return said
     one, other = ((bench.run(name) / "metrics.csv").read_bytes() for name in ("sigterm", "sigkill"))
@@ -116,13 +122,8 @@ def sigkill(bench: Bench) -> str:
 def from_cpu(bench: Bench) -> str:
     """A checkpoint that a CPU wrote, resumed on a GPU."""
     require_gpu(bench)
-    keys = dict(bench.scale.short)
-    with bench.command("from_cpu", *bench.keys("from_cpu", **keys, trainer="cpu")) as command:
-        command.until(lambda: bool(bench.epochs("from_cpu")))
-        command.signal(signal.SIGTERM)
-        if (code := command.end()) != STOPPED:
-            raise Failed(f"exit code {code} after SIGTERM", command.said)
-    return resumed(bench, "from_cpu", **keys)
+    stopped_by_sigterm(bench, "from_cpu", trainer="cpu")
+    return resumed(bench, "from_cpu", **bench.scale.short)
 
 
 # -- several devices ---------------------------------------------------------------------------------------------------
