@@ -35,7 +35,7 @@ import train
 from benchmarks.common import ROOT
 from data.augment import Augment
 from repghost.errors import print_rank_zero
-from repghost.ranks import run_on_devices
+from repghost.processes import run_on_devices
 from repghost.run import open_run
 from repghost.training.classifier import ImageClassifier
 from repghost.training.ema import WeightAverage
