@@ -1,4 +1,4 @@
-"""python -m data.write_shards FORMAT SRC... OUT: images of any of the four layouts to shards."""
+"""python -m data.write_shards FORMAT SRC... OUT: images of any of five layouts to shards."""
 
 import argparse
 import sys
@@ -10,8 +10,14 @@ from data.arguments import share, whole_number
 from data.write_shards.archives import list_archives
 from data.write_shards.folder import list_folder, list_kaggle
 from data.write_shards.parquet import list_parquet
+from data.write_shards.regions import transcoder
+from data.write_shards.shards import list_shards
 from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing
-from repghost.errors import run_command
+from repghost.errors import UserError, run_command
+
+# Arguments of a format's function: options that no other format has, and some that write_shards takes, too.
+_OWN = {"folder": ("split", "val_share"), "shards": ("class_names", "cache")}
+_SHARED = {"folder": ("seed",), "archives": ("workers",), "shards": ("workers",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,15 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(format: str, layout: Callable[..., Listing], src: Path, out: Path, **options: Any) -> None:
     from data.write_shards.write import write_shards  # slow to import, by way of webdataset, and not for --help
 
-    own = {
-        "folder": {
-            "split": options.pop("split", None),
-            "val_share": options.pop("val_share", None),
-            "seed": options["seed"],
-        },
-        "archives": {"workers": options["workers"]},
-    }  # arguments of the format's function
-    write_shards(layout(src, **own.get(format, {})), out, **options)
+    own = {name: options.pop(name) for name in _OWN.get(format, ())}
+    own |= {name: options[name] for name in _SHARED.get(format, ())}
+    if options["regions"]:
+        transcoder()  # raises before anything is listed, which may take long
+    elif layout is list_shards:
+        raise UserError(f"{src}: shards would only be copied: give --regions, for which they are written again")
+    write_shards(layout(src, **own), out, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     # The help of a format is the docstring of its function.
-    for layout in (list_folder, list_archives, list_kaggle, list_parquet):
+    for layout in (list_folder, list_archives, list_kaggle, list_parquet, list_shards):
         name, text = layout.__name__.removeprefix("list_"), layout.__doc__ or ""
         command = formats.add_parser(name, help=text.partition(".\n")[0], description=text)
         command.set_defaults(layout=layout)
@@ -54,20 +58,32 @@ def _parser() -> argparse.ArgumentParser:
         source: dict[str, Any] = {"nargs": 3, "metavar": "ARCHIVE"} if layout is list_archives else {"metavar": "SRC"}
         command.add_argument("src", type=Path, **source)
         command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to resume")
-        _add_options(command)
+        if layout is list_shards:
+            command.add_argument("--class-names", type=Path, metavar="FILE", help="of tars of others: a name a line")
+            text = "for the index of tars of others (default %(default)s)"
+            command.add_argument("--cache", type=Path, default=Path("~/.cache/repghost"), metavar="FOLDER", help=text)
+        _add_options(command, written=layout is list_shards)
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, written: bool) -> None:
+    """The options of every format, or those of shards that are `written`, whose images stay where they are."""
+
     def add(name: str, low: int, high: int | None, default: int | None, metavar: str, text: str) -> None:
         shown = "" if default is None else " (default %(default)s)"
         parser.add_argument(name, type=whole_number(low, high), default=default, metavar=metavar, help=text + shown)
 
-    add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
-    add("--seed", 0, 2**63 - 1, 0, "N", "of the order of the images, and of the draw for --val-share")
-    resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
-    add("--resize", 1, None, None, "N", resize)
-    add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
+    if not written:
+        add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
+        add("--seed", 0, 2**63 - 1, 0, "N", "of the order of the images, and of the draw for --val-share")
+        resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
+        add("--resize", 1, None, None, "N", resize)
+        add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
+    regions = (
+        "rewrite JPEGs without loss (same pixels, EXIF and profiles; other bytes), with restart markers, so that "
+        "training decodes only the part under each crop; needs the program jpegtran of libjpeg-turbo"
+    )
+    parser.add_argument("--regions", action="store_true", help=regions)
     add("--workers", 1, None, None, "N", "processes (default: one a core, one for few images)")
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.parallel import check_stop
 from data.tars import scan_shard
+from data.write_shards.regions import Rewritten, ShardRegions, rewrite
 from data.write_shards.source import Entry
 from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256
@@ -37,6 +38,7 @@ class Options:
     seed: int
     resize: int | None  # pixels of the shorter side; None stores the original bytes
     quality: int | None  # of the JPEGs of `resize`; None without it
+    regions: str | None = None  # name and version of the program that rewrites JPEGs so that they can be cut
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Task:
     skip_bad: int
 
     def digest(self) -> str:
-        """Hex digest of the images; a file that was replaced since has another size."""
-        columns = [[getattr(entry, name) for entry in self.entries] for name in ("key", "label", "size")]
+        """Hex digest of the images; a file that was replaced since has another size, or another checksum in shards."""
+        names = ["key", "label", "size", *["crc32"] * any(entry.crc32 is not None for entry in self.entries)]
+        columns = [[getattr(entry, name) for entry in self.entries] for name in names]
         return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
 
 
@@ -65,6 +68,7 @@ class Shard:
     sha256: str
     skipped: list[str]  # keys of images that do not decode
     converted: int  # images of other formats, stored as PNG
+    whole: dict[str, int]  # with Options.regions: how many images stay whole, by reason
 
 
 def finished_shard(task: Task) -> Shard | None:
@@ -74,7 +78,9 @@ def finished_shard(task: Task) -> Shard | None:
     with np.load(task.record) as record:
         if str(record["source"]) != task.digest() or task.path.stat().st_size != record["bytes"]:
             return None
-        return Shard(record["rows"], *(record[name].tolist() for name in ("bytes", "sha256", "skipped", "converted")))
+        names = ("bytes", "sha256", "skipped", "converted")
+        whole = json.loads(str(record["whole"])) if "whole" in record else {}  # of an earlier version
+        return Shard(record["rows"], **{name: record[name].tolist() for name in names}, whole=whole)
 
 
 def write_shard(task: Task) -> Shard:
@@ -82,38 +88,62 @@ def write_shard(task: Task) -> Shard:
     from webdataset import TarWriter  # which imports torch, for which nobody who asks for --help should wait
 
     skipped: list[str] = []
-    converted = 0
+    converted, regions = 0, ShardRegions()
     # A fixed time and owner: the bytes depend on the images alone.
     with atomic_write(task.path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for entry, data in zip(task.entries, task.read(task.entries), strict=True):
             check_stop()
             try:
-                stored, extension, changed = _convert(data, task.options)
+                stored, extension, changed, rewritten = _convert_and_rewrite(data, task.options)
             except DecodeError as error:
                 skipped.append(entry.key)
                 if len(skipped) > task.skip_bad:
                     raise UserError(f"{entry}: {error}: replace it, or leave it out with --skip-bad") from None
                 tqdm.write(printable(f"skipped {entry}: {error}"), file=sys.stderr)
                 continue
+            except UserError as error:
+                raise UserError(f"{entry}: {error}") from None
             converted += changed
+            if task.options.regions:
+                regions.add(rewritten)
             writer.write({"__key__": entry.key, extension: stored, "cls": b"%d" % entry.label})
     rows, _ = scan_shard(str(task.path))  # what the index says is what lies on the disk
-    shard = Shard(rows, task.path.stat().st_size, file_sha256(task.path), skipped, converted)
+    size, digest = task.path.stat().st_size, file_sha256(task.path)
+    shard = Shard(rows, size, digest, skipped, converted, dict(regions.whole))
     # Without object arrays: the record is read without pickle.
-    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_)}
+    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_), "whole": json.dumps(regions.whole)}
+    record |= regions.arrays()
     with atomic_write(task.record) as file:
         np.savez(file, **record, source=task.digest())
     return shard
+
+
+def _convert_and_rewrite(data: bytes, options: Options) -> tuple[bytes, str, bool, Rewritten | str]:
+    """As `_convert`, and what `rewrite` made of it, with Options.regions. Raises DecodeError."""
+    if not options.regions:
+        return *_convert(data, options), ""
+    reduced = _reduced_side(open_image(data, decode=False), options)
+    rewritten = "" if reduced else rewrite(data)
+    if isinstance(rewritten, Rewritten):  # so it was decoded
+        return rewritten.content, "jpg", False, rewritten
+    stored, extension, changed = _convert(data, options)
+    if stored is not data:
+        rewritten = rewrite(stored)
+    return rewritten.content if isinstance(rewritten, Rewritten) else stored, extension, changed, rewritten
+
+
+def _reduced_side(image: Image.Image, options: Options) -> int | None:
+    """Pixels of the shorter side to which an image is reduced; None for one that is not."""
+    return options.resize if options.resize and min(image.size) > options.resize else None
 
 
 def _convert(data: bytes, options: Options) -> tuple[bytes, str, bool]:
     """(bytes to store, extension, whether the format was changed to PNG). Raises DecodeError."""
     image = open_image(data, decode=True)
     assert image.format is not None, "PIL opened it"
-    short = min(image.size)
     buffer = io.BytesIO()
-    if options.resize and options.quality and short > options.resize:
-        width, height = (options.resize * side // short for side in image.size)
+    if reduced := _reduced_side(image, options):
+        width, height = (reduced * side // min(image.size) for side in image.size)
         resized = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
         resized.save(buffer, "JPEG", quality=options.quality, subsampling="4:2:0")
         return buffer.getvalue(), "jpg", False

@@ -9,9 +9,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,8 @@ class Entry(NamedTuple):
     label: int
     size: int = 0  # bytes; not known in Parquet files
     offset: int | None = None  # the first byte in an archive, the row in a Parquet file
-    group: int = 0  # of rows, counted over all Parquet files of the split
+    group: int = 0  # of rows, counted over all Parquet files of the split; the number of a shard
+    crc32: int | None = None  # of the bytes, where it is known
 
     def __str__(self) -> str:
         return self.file if self.offset is None else f"{self.file}: {self.key}"
@@ -40,8 +41,9 @@ class Source:
     """All images of one split in a fixed order, with unique keys.
 
     read: yields the bytes of the given images in their order. Worker processes call it, so it is a module's function.
-    ignored: files that are not images by their extension. shuffle: "global", or "row-groups" where images cannot be
-    read one by one (see `data.write_shards.write`). remarks: what else was left out.
+    ignored: files that are not images by their extension. shuffle: "global"; "row-groups" where images cannot be read
+    one by one (see `data.write_shards.write`); "kept" for shards, whose images stay in their order and in their shard.
+    remarks: what else was left out.
     """
 
     split: str
@@ -63,12 +65,14 @@ class Source:
 class Listing:
     """A data set before it is written: where it lies, class names in label order, and a source for each split.
 
+    written: of shards, the options that they were written with, as far as they are known.
     Raises UserError for a single class, and for two of one name.
     """
 
     root: str | Path
     classes: list[str]
     sources: list[Source]
+    written: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:

@@ -4,12 +4,14 @@
     python -m data.write_shards archives ILSVRC2012_img_{train,val}.tar ILSVRC2012_devkit_t12.tar.gz SHARDS
     python -m data.write_shards kaggle KAGGLE SHARDS
     python -m data.write_shards parquet IMAGENET-1K SHARDS
+    python -m data.write_shards shards SHARDS REGION-SHARDS --regions
 
 Shard i holds the images permutation[i * S : (i + 1) * S] of one permutation drawn from the seed. Each shard is a task
 of its own, so the bytes are the same for any number of processes. Images are stored as they are, and each is decoded
 once, so that a damaged file is found here and not in training. The same command started again keeps the finished shards
 and writes those that are missing or truncated. SHARDS then holds train-000000.tar ..., train.index.npy, the same for
-val, manifest.json, and parts/ with a record of each shard, which only a restart reads.
+val, manifest.json, and parts/ with a record of each shard, which only a restart reads. With --regions JPEGs are
+rewritten so that parts of them can be decoded (data.write_shards.regions); two more files of each split describe those.
 Every option is explained by `python -m data.write_shards FORMAT --help`.
 
 Check: `pytest tests/test_write_shards.py`.
@@ -19,8 +21,8 @@ import json
 import re
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict
-from itertools import chain
+from dataclasses import asdict, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from data.parallel import run_parallel
 from data.shards import FORMAT
 from data.tars import SAMPLE
 from data.write_shards.folder import list_folder
+from data.write_shards.regions import transcoder, write_regions
 from data.write_shards.shard import Options, Shard, Task, finished_shard, write_shard
 from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing, Source
 from repghost.errors import UserError
@@ -61,6 +64,7 @@ def write_shards(
     seed: int = 0,
     resize: int | None = None,
     quality: int = 90,
+    regions: bool = False,
     workers: int | None = None,
     skip_bad: int = 0,
     quiet: bool = False,
@@ -68,12 +72,14 @@ def write_shards(
     """Writes the images of `listing` to shards in `out` and returns the manifest.
 
     resize: images with a longer shorter side are reduced to this one in pixels (bicubic) and stored as JPEG of
-    `quality`; smaller ones stay as they are. workers: processes, None for one a core, or one for few images. skip_bad:
+    `quality`; smaller ones stay as they are. regions: rewrite JPEGs without loss so that parts of them can be decoded,
+    which needs the program jpegtran. workers: processes, None for one a core, or one for few images. skip_bad:
     how many images that do not decode may be left out; one more ends the run. Raises UserError, and OSError when a file
     cannot be read or written.
     """
     out = Path(out)
-    options = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
+    chosen = Options(listing.sources[0].shuffle, images_per_shard, seed, resize, quality if resize else None)
+    options = replace(chosen, **listing.written, regions=transcoder() if regions else None)
     parts = out / "parts"
     if not parts.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: not empty, and not begun by this program: choose a new folder")
@@ -99,8 +105,8 @@ def _check_plan(out: Path, listing: Listing, options: Options) -> None:
     plan = {"options": asdict(options), "classes": listing.classes, "sources": sources}
     if path.exists():
         plan = json.loads(path.read_text(encoding="utf-8"))
-        for name, earlier in plan["options"].items():
-            if earlier != (now := getattr(options, name)):
+        for name, now in asdict(options).items():
+            if now != (earlier := plan["options"].get(name)):  # a plan of an earlier version has no regions
                 raise UserError(f"{out}: begun with {name} {earlier}, now {now}: keep it or use a new OUT")
         if plan["classes"] != listing.classes:
             differing = sorted(set(plan["classes"]) ^ set(listing.classes)) or ["their order"]
@@ -131,14 +137,24 @@ def _order(source: Source, options: Options) -> np.ndarray:
 
 
 def _tasks(source: Source, out: Path, options: Options, skip_bad: int) -> list[Task]:
-    order = _order(source, options).tolist()
-    tasks: list[Task] = []
-    for start in range(0, len(order), options.images_per_shard):
-        name = f"{source.split}-{len(tasks):06d}"
-        entries = [source.entries[i] for i in order[start : start + options.images_per_shard]]
-        record = out / "parts" / f"{name}.npz"
-        tasks.append(Task(out / f"{name}.tar", record, entries, source.read, options, skip_bad))
-    return tasks
+    if source.shuffle == "kept":
+        of_shards = [list(entries) for _, entries in groupby(source.entries, lambda entry: entry.group)]
+    else:
+        order, step = _order(source, options).tolist(), options.images_per_shard
+        of_shards = [[source.entries[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
+    names = [_name(source.split, number) for number in range(len(of_shards))]
+    return [
+        Task(out / f"{name}.tar", _record(out, name), entries, source.read, options, skip_bad)
+        for name, entries in zip(names, of_shards, strict=True)
+    ]
+
+
+def _name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def _record(out: Path, name: str) -> Path:
+    return out / "parts" / f"{name}.npz"
 
 
 def _write_missing(
@@ -173,6 +189,9 @@ def _write_manifest(out: Path, listing: Listing, options: Options, written: dict
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.exists() else {}
     for split, shards in written.items():
         splits[split] = _write_index(out, split, shards, len(listing.classes))
+        if options.regions:
+            records = [_record(out, _name(split, number)) for number in range(len(shards))]
+            splits[split]["regions"] = write_regions(out, split, records, [shard.whole for shard in shards])
     splits = {split: splits[split] for split in SPLITS if split in splits}
     manifest = {"format": FORMAT, **asdict(options), "classes": listing.classes, "splits": splits}
     write_text(path, json.dumps(manifest, indent=1))
@@ -193,7 +212,7 @@ def _write_index(out: Path, split: str, shards: list[Shard], classes: int) -> di
         "skipped": [key for shard in shards for key in shard.skipped],
         "index": {"file": name, "sha256": file_sha256(out / name)},
         "shards": [
-            {"file": f"{split}-{i:06d}.tar", "images": len(s.rows), "bytes": s.bytes, "sha256": s.sha256}
+            {"file": f"{_name(split, i)}.tar", "images": len(s.rows), "bytes": s.bytes, "sha256": s.sha256}
             for i, s in enumerate(shards)
         ],
     }
@@ -215,6 +234,11 @@ def _report(listing: Listing, manifest: dict[str, Any], written: dict[str, list[
         ):
             if number:
                 print(f"{split}: {number:,} {what}")
+        if regions := manifest["splits"][split].get("regions"):
+            whole = sum(regions["whole"].values())
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in regions["whole"].items())
+            stay = f", {whole:,} stay whole: {reasons}" if whole else ""
+            print(f"{split}: {images - whole:,} images can be cut{stay}")
         for remark in source.remarks:
             print(f"{split}: {remark}")
         if imagenet:
