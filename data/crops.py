@@ -23,8 +23,9 @@ class BatchCrops:
     [N, NUM_UNIFORMS]. samples: int64 [M], rows of the index; M is less than N at the end of validation.
     windows: int64 [N, 4] of (top, left, height, width), what is cut from the stored image. sizes: int64 [N, 2] of
     (height, width), what the window is resized to. corners: int64 [N, 2] of (top, left), where the output begins in
-    that. bicubic: bool [N], otherwise bilinear. Rows from M on are those of an image of the output's size; one that
-    cannot be opened, whose size in the index is 0, counts as a single pixel.
+    that. parts: int64 [N, 4] as windows, the part of each window that the output is computed from; a centre crop needs
+    less than all of it. bicubic: bool [N], otherwise bilinear. Rows from M on are those of an image of the output's
+    size; one that cannot be opened, whose size in the index is 0, counts as a single pixel.
     """
 
     image_size: int
@@ -34,6 +35,7 @@ class BatchCrops:
     windows: np.ndarray
     sizes: np.ndarray
     corners: np.ndarray
+    parts: np.ndarray
     bicubic: np.ndarray
 
 
@@ -54,14 +56,16 @@ class RandomCrops:
         samples = epoch_order(self.seed, epoch, self.sampler.samples)[start : start + count]
         uniforms = sampling.uniforms(self.seed, epoch, start, count)
         height, width = (np.maximum(self.index.samples[side][samples], 1) for side in ("height", "width"))
+        windows = crop_windows(uniforms, height, width, self.scale, self.ratio)
         return BatchCrops(
             image_size=self.image_size,
             positions=np.arange(start, start + count),
             uniforms=uniforms,
             samples=samples,
-            windows=crop_windows(uniforms, height, width, self.scale, self.ratio),
+            windows=windows,
             sizes=np.full((count, 2), self.image_size),
             corners=np.zeros((count, 2), np.int64),
+            parts=windows,
             bicubic=uniforms[:, sampling.INTERPOLATION] >= 0.5,  # timm's interpolation="random"
         )
 
@@ -86,6 +90,8 @@ class CenterCrops:
         for column, side in ((2, "height"), (3, "width")):
             windows[: len(samples), column] = np.maximum(self.index.samples[side][samples], 1)
         sizes = evaluation_sizes(windows[:, 2], windows[:, 3], int(self.image_size / self.crop_fraction))
+        # torchvision's CenterCrop rounds half to even; so does numpy.
+        corners = np.rint((sizes - self.image_size) / 2).astype(np.int64)
         return BatchCrops(
             image_size=self.image_size,
             positions=np.arange(start, start + count),
@@ -93,8 +99,8 @@ class CenterCrops:
             samples=samples,
             windows=windows,
             sizes=sizes,
-            # torchvision's CenterCrop rounds half to even; so does numpy.
-            corners=np.rint((sizes - self.image_size) / 2).astype(np.int64),
+            corners=corners,
+            parts=central_parts(windows, sizes, corners, self.image_size),
             bicubic=np.ones(count, bool),
         )
 
@@ -139,3 +145,17 @@ def evaluation_sizes(height: np.ndarray, width: np.ndarray, shorter: int) -> np.
     """int64 [N, 2]: height and width once the shorter side is `shorter` (torchvision's Resize, floored)."""
     sides = np.stack([height, width], axis=1).astype(np.int64)
     return sides * shorter // sides.min(axis=1, keepdims=True)
+
+
+def central_parts(windows: np.ndarray, sizes: np.ndarray, corners: np.ndarray, image_size: int) -> np.ndarray:
+    """int64 [N, 4]: the part of each window from which the square at `corners` of the resized window is computed.
+
+    windows: int64 [N, 4] of (top, left, height, width); sizes: int64 [N, 2] that they are resized to by the bicubic
+    filter with antialiasing, which reaches two pixels of the smaller of both images to either side.
+    """
+    sides = windows[:, 2:]
+    scale = sides / sizes
+    reach = 2 * np.maximum(scale, 1) + 1  # and one for rounding
+    start = np.maximum(np.floor((corners + 0.5) * scale - reach), 0).astype(np.int64)
+    end = np.minimum(np.ceil((corners + image_size - 0.5) * scale + reach).astype(np.int64), sides)
+    return np.concatenate([windows[:, :2] + start, end - start], axis=1)

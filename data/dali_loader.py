@@ -127,9 +127,10 @@ class _Stream:
         self.reader.close()
 
     def _make_reader(self) -> BatchReader | ReaderPool:
+        whole_windows = self._gpu is not None  # which is what DALI's resize takes
         if self._options.readers:
-            return ReaderPool(self._crops, self._options.readers, held=self._prefetch + 1)
-        return BatchReader(self._crops)
+            return ReaderPool(self._crops, whole_windows, self._options.readers, held=self._prefetch + 1)
+        return BatchReader(self._crops, whole_windows)
 
     def _build(self) -> Any:
         gpu = self._gpu
@@ -172,9 +173,8 @@ class _Stream:
 def _resized(batch: EncodedBatch, regions: Any) -> Tensor:
     """uint8 [N, 3, S, S] on the CPU, of regions [h, w, 3], as the torch loader resizes them."""
     labels, size = batch.labels, batch.crops.image_size
-    images = np.zeros((len(labels), 3, size, size), np.uint8)
+    images = np.zeros((len(labels), size, size, 3), np.uint8)
     for row in np.flatnonzero(labels >= 0).tolist():
-        region = torch.from_numpy(regions.at(row)).permute(2, 0, 1)
         # Copied by numpy: torch would start threads for it.
-        images[row] = resize(region, batch.crops, row).numpy()
-    return torch.from_numpy(images)
+        images[row] = resize(torch.from_numpy(regions.at(row)), batch.crops, row).numpy()
+    return torch.from_numpy(images).permute(0, 3, 1, 2)

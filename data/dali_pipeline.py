@@ -63,8 +63,9 @@ class DaliSource:
         self.iteration += 1
         tensors, crops = dali().tensors, batch.crops
         files = [tensors.TensorCPU(file) for file in batch.files]
-        windows = np.where(batch.labels[:, None] < 0, [0, 0, 1, 1], crops.windows).astype(np.int32)
-        inputs = [windows[:, :2].copy(), windows[:, 2:].copy()]
+        missing = batch.labels[:, None] < 0
+        inputs = [np.where(missing, 0, batch.starts), np.where(missing, 1, crops.parts[:, 2:])]
+        inputs = [numbers.astype(np.int32) for numbers in inputs]
         if self.on_gpu:
             inputs += [crops.sizes.astype(np.float32), crops.bicubic, crops.corners.astype(np.int32)]
         return tensors.TensorListCPU(files, None, False), *map(tensors.TensorListCPU, inputs)

@@ -169,7 +169,7 @@ class ImageNetData(DataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """A loader's batch on its device, with its images normalized: float32 [N, 3, S, S]."""
-        return batch._replace(images=self.augment.evaluate(batch.images))
+        return batch._replace(images=self.augment.evaluate(batch.images.contiguous()))
 
 
 def cores_of_a_rank(on_gpu: bool, ranks: int) -> int:
@@ -261,7 +261,8 @@ class ImageNetTraining(ImageNetData):
             return super().on_after_batch_transfer(batch, dataloader_idx)
         seed = step_seed(self.seed, self._trainer.current_epoch, self._batch, self._trainer.global_rank, _NOISE)
         noise = torch.Generator(batch.images.device).manual_seed(seed)
-        return batch._replace(images=self.augment.train(batch.images, batch.uniforms, noise, self._rows))
+        images = batch.images.contiguous()
+        return batch._replace(images=self.augment.train(images, batch.uniforms, noise, self._rows))
 
     # -- for data.show ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context, reduction, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,51 +27,60 @@ from PIL import Image
 
 from data.crops import BatchCrops, Crops
 from data.parallel import end_with_parent
-from data.reader import ShardReader, jpeg_components
+from data.reader import Piece, ShardReader, jpeg_components
 from repghost.errors import UserError
 from repghost.training.signals import SIGNALS, end_workers_at_exit
 
-Content = bytes | memoryview
+Content = bytes | bytearray | memoryview
 
-_BLACK = b"P6 1 1 255\n\0\0\0"  # an image of one black pixel, where there is none
+_BLACK: bytes | bytearray = b"P6 1 1 255\n\0\0\0"  # an image of one black pixel, where there is none
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
     """One batch as it was read.
 
-    files: of every row, as DALI can decode it. labels: int64 [N], -1 for a row without an image. errors: a line for
-    each bad image. slot: of a ReaderPool, which holds the files.
+    crops: their parts are what DALI cuts out. files: of every row, as DALI can decode it. starts: int64 [N, 2] of (top,
+    left), where the part begins in the file's image. labels: int64 [N], -1 for a row without an image. errors: a line
+    for each bad image. slot: of a ReaderPool, which holds the files.
     """
 
     crops: BatchCrops
     files: Sequence[Content]
+    starts: np.ndarray
     labels: np.ndarray
     errors: list[str]
     slot: int = -1
 
 
 class BatchReader:
-    """Reads batches, counted over all epochs, in this process."""
+    """Reads batches, counted over all epochs, in this process.
 
-    def __init__(self, crops: Crops) -> None:
-        self._crops = crops
+    whole_windows: whether all of a window is decoded, not only the part of it that the output is computed from.
+    """
+
+    def __init__(self, crops: Crops, whole_windows: bool) -> None:
+        self._crops, self._whole_windows = crops, whole_windows
         self._reader = ShardReader(crops.index)
 
     def read(self, iteration: int, decoded: bool) -> EncodedBatch:
         """Batch `iteration`. decoded: with the pixels of every image instead of its file."""
         crops = self._crops(*divmod(iteration, self._crops.sampler.batches))
+        if self._whole_windows:
+            crops = replace(crops, parts=crops.windows)
+        starts = np.zeros((len(crops.parts), 2), np.int64)
 
-        def load(row: int, sample: int) -> bytes:
-            content = self._reader.read(sample)
-            if not decoded and _read_as_pil_does(content):
-                return content
+        def load(row: int, sample: int, piece: Piece) -> bytes | bytearray:
+            starts[row] = crops.parts[row, 0] - piece.top, crops.parts[row, 1] - piece.left
+            if not decoded and _read_as_pil_does(piece.content):
+                return piece.content
             buffer = io.BytesIO()
-            pixels = self._reader.decode(sample, content).permute(1, 2, 0).numpy()
+            pixels = self._reader.decode(sample, piece.content).permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(buffer, "PPM")
             return buffer.getvalue()
 
-        return EncodedBatch(crops, *self._reader.load(crops, load, _BLACK))
+        files, labels, errors = self._reader.load(crops, load, missing=_BLACK)
+        return EncodedBatch(crops, files, starts, labels, errors)
 
     def release(self, batch: EncodedBatch) -> None:
         """To be called when the files of a batch are no longer needed."""
@@ -86,7 +95,7 @@ class ReaderPool:
     They heed no signal but SIGKILL, and end with the pool, and with this process however it ends.
     """
 
-    def __init__(self, crops: Crops, readers: int, held: int) -> None:
+    def __init__(self, crops: Crops, whole_windows: bool, readers: int, held: int) -> None:
         end_workers_at_exit()
         self._ahead = readers + 1  # batches that are asked for before they are needed
         self._slots = [_SharedMemory() for _ in range(held + self._ahead)]
@@ -94,7 +103,7 @@ class ReaderPool:
         self._asked: deque[tuple[int, bool, int, Connection]] = deque()
         self._count = 0  # batches that were asked for
         with_crops, context = _SharedMemory(), get_context("spawn")
-        (size,) = with_crops.write([pickle.dumps(crops, pickle.HIGHEST_PROTOCOL)])
+        (size,) = with_crops.write([pickle.dumps((crops, whole_windows), pickle.HIGHEST_PROTOCOL)])
         self._connections, theirs = zip(*(context.Pipe() for _ in range(readers)), strict=True)
         self.processes = [
             context.Process(target=_serve, args=(each, with_crops, size, self._slots), daemon=True) for each in theirs
@@ -136,8 +145,8 @@ class ReaderPool:
         answer = connection.recv()
         if isinstance(answer, Exception):
             raise answer
-        crops, sizes, labels, errors = answer
-        return EncodedBatch(crops, self._slots[slot].read(sizes), labels, errors, slot)
+        crops, sizes, starts, labels, errors = answer
+        return EncodedBatch(crops, self._slots[slot].read(sizes), starts, labels, errors, slot)
 
     def release(self, batch: EncodedBatch) -> None:
         """To be called when the files of a batch are no longer needed: others take their place."""
@@ -155,13 +164,13 @@ def _serve(connection: Connection, with_crops: "_SharedMemory", size: int, slots
     """What a reader process does."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    reader = BatchReader(pickle.loads(*with_crops.read([size])))
+    reader = BatchReader(*pickle.loads(*with_crops.read([size])))
     with suppress(EOFError, ConnectionError):  # the pool is gone
         while True:
             iteration, decoded, slot = connection.recv()
             try:
                 batch = reader.read(iteration, decoded)
-                answer: Any = batch.crops, slots[slot].write(batch.files), batch.labels, batch.errors
+                answer: Any = batch.crops, slots[slot].write(batch.files), batch.starts, batch.labels, batch.errors
             except Exception as error:
                 error.add_note(f"in a process that reads images:\n{traceback.format_exc()}")
                 answer = error
@@ -205,7 +214,7 @@ def _attach(descriptor: Any) -> _SharedMemory:
     return _SharedMemory(descriptor.detach())
 
 
-def _read_as_pil_does(content: bytes) -> bool:
+def _read_as_pil_does(content: bytes | bytearray) -> bool:
     """Whether DALI gives PIL's pixels: of JPEG without a fourth component, PNG of up to 8 bits a value, and WebP.
 
     A JPEG without its end marker may be cut off anywhere.

@@ -23,12 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from data.arguments import whole_number
+from data.regions import Regions
 from data.shards import (
     MANIFEST,
     SPLIT_NAMES,
     find_shards,
     load_manifest,
     numbered_classes,
+    prepared_regions,
     prepared_split,
     require_disjoint,
     scanned_samples,
@@ -44,12 +46,16 @@ BY_NAME: Mapping[str, str | None] = dict.fromkeys(SPLIT_NAMES)  # no pattern for
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of one split. `samples`: [N] of SAMPLE, in the order of the shards and of their members."""
+    """The samples of one split. `samples`: [N] of SAMPLE, in the order of the shards and of their members.
+
+    regions: how to cut parts out of their files; None where they are read whole.
+    """
 
     split: str
     shards: tuple[str, ...]
     samples: np.ndarray
     classes: tuple[str, ...]
+    regions: Regions | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -125,8 +131,11 @@ def load_indexes(
         classes = manifest["classes"]
     else:
         classes = numbered_classes(np.concatenate([samples["label"] for _, samples in found.values()]), root)
-    indexes = {split: Index(split, *found[split], tuple(classes)) for split in splits}
+    regions = {split: prepared_regions(root, manifest, split) for split in splits if manifest and split not in others}
+    indexes = {split: Index(split, *found[split], tuple(classes), regions.get(split)) for split in splits}
     for index in indexes.values():
+        if index.regions is not None:
+            index.regions.require(index.samples)
         labels = index.samples["label"]
         wrong = (labels < 0) | (labels >= len(classes))
         if wrong.any():

@@ -1,4 +1,4 @@
-"""From a shard to the pixels of a sample: read by offset, checked against the index, decoded, resized.
+"""From a shard to the pixels of a sample: read by offset, cut, checked against the index, decoded, resized.
 
 A checksum is the only thing that finds flipped bytes; decoders do not notice them.
 Check: `pytest tests/test_loader.py tests/test_faults.py`.
@@ -10,10 +10,10 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 
 from data.crops import BatchCrops
 from data.index import Index
+from data.regions import Changed, Cut
 from data.tars import why_unreadable
 from repghost.dataset import Batch
 from repghost.errors import UserError, printable
@@ -61,6 +62,17 @@ class BadImage(UserError):
     """One sample that cannot be used; the message names shard, member and cause."""
 
 
+class Piece(NamedTuple):
+    """An image file that holds the part of a sample that a crop needs: the stored one, or one cut out of it.
+
+    top, left: of its first pixel in the stored image.
+    """
+
+    content: bytes | bytearray
+    top: int = 0
+    left: int = 0
+
+
 class ShardReader:
     """Reads samples of `index`; one per process, files are opened on first use."""
 
@@ -69,28 +81,40 @@ class ShardReader:
         self._files: dict[int, io.FileIO] = {}  # closed with the reader
 
     def load(
-        self, crops: BatchCrops, load: Callable[[int, int], T], missing: T
+        self, crops: BatchCrops, load: Callable[[int, int, Piece], T], missing: T
     ) -> tuple[list[T], np.ndarray, list[str]]:
         """The items of a batch, its labels (int64 [N]), and a line for each bad image.
 
-        load: called with row and sample, returns an item or raises BadImage. A row without an image has `missing` and
-        the label -1.
+        load: called with row, sample and its file, returns an item or raises BadImage. A row without an image has
+        `missing` and the label -1.
         """
-        self.readahead(crops.samples)
+        samples = crops.samples.tolist()
+        cuts = [self._cut(*one) for one in zip(samples, crops.parts.tolist(), strict=False)]  # no sample: padding
+        self._readahead(samples, cuts)
         items, labels = [missing] * len(crops.positions), np.full(len(crops.positions), -1)
         errors: list[str] = []
-        for row, sample in enumerate(crops.samples.tolist()):
+        for row, (sample, cut) in enumerate(zip(samples, cuts, strict=True)):
             try:
-                items[row] = load(row, sample)
+                piece = Piece(self.read(sample)) if cut is None else self._read_cut(sample, cut)
+                items[row] = load(row, sample, piece)
                 labels[row] = self.index.samples["label"][sample]
             except BadImage as error:
                 errors.append(str(error))
         return items, labels, errors
 
-    def readahead(self, samples: Iterable[int]) -> None:
-        """Tells the kernel which samples are read next, so that it fetches them side by side."""
-        for row in samples:
+    def _cut(self, row: int, part: Sequence[int]) -> Cut | None:
+        """How to cut `part` (top, left, height, width) out of sample `row`; None for one that is read whole."""
+        if self.index.regions is None:
+            return None
+        sample = self.index.samples[row]
+        return self.index.regions.cut(row, int(sample["height"]), int(sample["width"]), part)
+
+    def _readahead(self, samples: Iterable[int], cuts: Iterable[Cut | None]) -> None:
+        """Tells the kernel what of the samples is read next, so that it fetches them side by side."""
+        for row, cut in zip(samples, cuts, strict=True):
             shard, offset, size = (int(self.index.samples[row][name]) for name in ("shard", "offset", "size"))
+            if cut is not None:  # the header is small, and mostly in a page that is fetched as well
+                offset, size = offset + cut.offset, cut.size
             # macOS has no such call; reading will meet any other error again, and say whose image it is.
             with suppress(OSError, AttributeError):
                 os.posix_fadvise(self._file(shard), offset, size, os.POSIX_FADV_WILLNEED)
@@ -98,20 +122,35 @@ class ShardReader:
     def read(self, row: int) -> bytes:
         """The bytes of sample `row`; BadImage when they are not those that were indexed."""
         sample = self.index.samples[row]
-        size = int(sample["size"])
-        try:
-            content = os.pread(self._file(int(sample["shard"])), size, int(sample["offset"]))
-        except OSError as error:
-            raise BadImage(f"{self.index.name(row)}: {error.strerror}") from None
-        if len(content) != size:
-            raise BadImage(f"{self.index.name(row)}: the shard ends inside this image")
+        content = self._read(row, 0, int(sample["size"]))
         if zlib.crc32(content) != sample["crc32"]:
             raise BadImage(f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)")
         if not sample["height"]:
             raise BadImage(f"{self.index.name(row)}: {why_unreadable(content)}")
         return content
 
-    def decode(self, row: int, content: bytes) -> Tensor:
+    def _read_cut(self, row: int, cut: Cut) -> Piece:
+        """What `cut` leaves of the file of sample `row`; BadImage when its bytes are not those that were indexed."""
+        header, rows = self._read(row, 0, cut.header), self._read(row, cut.offset, cut.size)
+        try:
+            return Piece(cut.make(header, rows), cut.top, cut.left)
+        except Changed:
+            raise BadImage(
+                f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)"
+            ) from None
+
+    def _read(self, row: int, start: int, size: int) -> bytes:
+        """`size` bytes of the file of sample `row`, from its byte `start` on."""
+        sample = self.index.samples[row]
+        try:
+            content = os.pread(self._file(int(sample["shard"])), size, int(sample["offset"]) + start)
+        except OSError as error:
+            raise BadImage(f"{self.index.name(row)}: {error.strerror}") from None
+        if len(content) != size:
+            raise BadImage(f"{self.index.name(row)}: the shard ends inside this image")
+        return content
+
+    def decode(self, row: int, content: bytes | bytearray) -> Tensor:
         """`decode` of the bytes of sample `row`; BadImage when they do not decode."""
         try:
             return decode(content)
@@ -171,28 +210,38 @@ def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> I
         yield batch
 
 
-def resize(window: Tensor, crops: BatchCrops, row: int) -> Tensor:
-    """uint8 [3, S, S] of the window uint8 [3, h, w] that was cut out for a row: resized, and its centre cut out."""
-    mode = "bicubic" if crops.bicubic[row] else "bilinear"
-    resized = interpolate(window.unsqueeze(0), crops.sizes[row].tolist(), mode=mode, antialias=True)
+def resize(part: Tensor, crops: BatchCrops, row: int) -> Tensor:
+    """uint8 [S, S, 3] of what was decoded for a row, uint8 [h, w, 3]: its window resized, and the centre cut out.
+
+    Three values of a pixel side by side are what torch resizes fastest, and decoders give.
+    """
+    window, mode = part, "bicubic" if crops.bicubic[row] else "bilinear"
+    top, left, height, width = crops.windows[row].tolist()
+    if part.shape[:2] != (height, width):  # nothing reads the pixels around it
+        window = part.new_empty(height, width, 3)
+        top, left = crops.parts[row, 0] - top, crops.parts[row, 1] - left
+        window[top : top + part.shape[0], left : left + part.shape[1]] = part
+    image = window.contiguous().permute(2, 0, 1).unsqueeze(0)
+    resized = interpolate(image, crops.sizes[row].tolist(), mode=mode, antialias=True)[0].permute(1, 2, 0)
     top, left = crops.corners[row].tolist()
-    return resized[0, :, top : top + crops.image_size, left : left + crops.image_size]
+    return resized[top : top + crops.image_size, left : left + crops.image_size]
 
 
-def decode(content: bytes) -> Tensor:
+def decode(content: bytes | bytearray) -> Tensor:
     """uint8 [3, H, W] in RGB, as PIL decodes it, EXIF orientation not applied; 16 bits are scaled to 8.
 
     torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
     CMYK in its own way; those go through PIL itself.
     """
     if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
-        encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        writable = content if isinstance(content, bytearray) else bytearray(content)
+        encoded = torch.frombuffer(writable, dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
-def jpeg_components(content: bytes) -> int:
+def jpeg_components(content: bytes | bytearray) -> int:
     """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
     at = 2
     while at + 9 < len(content) and content[at] == 0xFF:

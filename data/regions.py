@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def describe(content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     if lengths.max() > 0xFFFF or lengths.min() < 0:
         return None
     ends = [found.header, *(found.header + 2 + markers[columns // found.interval - 1 :: columns // found.interval])]
-    checksums = [zlib.crc32(content[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    checksums = [zlib.crc32(content[start:end]) for start, end in pairwise(ends)]
     row = np.zeros((), REGION)
     row["crc32"] = zlib.crc32(content[: found.header])
     for name in ("header", "frame", "interval", "mcu_height", "mcu_width"):
@@ -131,10 +132,13 @@ def _measured(content: bytes, header: int, frame: int, components: int, interval
 class Cut:
     """What has to be read of a file for a window, and what is made of it.
 
+    header, frame, crc32: see REGION.
     offset, size: of the rows of segments, in the file. top, left, height, width: of its pixels in those of the image.
     """
 
-    region: np.void
+    header: int
+    frame: int
+    crc32: int
     offset: int
     size: int
     top: int
@@ -147,11 +151,11 @@ class Cut:
     last: int
 
     def make(self, header: bytes, rows: bytes) -> bytearray:
-        """The JPEG, from the first `region["header"]` bytes of the file and the `size` bytes from `offset` on.
+        """The JPEG, from the first `header` bytes of the file and the `size` bytes from `offset` on.
 
         Raises Changed where the bytes of either are not those that were described.
         """
-        if zlib.crc32(header) != self.region["crc32"]:
+        if zlib.crc32(header) != self.crc32:
             raise Changed
         view, start, kept = memoryview(rows), 0, []
         before = self.lengths[:, : self.first].sum(1).tolist()
@@ -163,7 +167,7 @@ class Cut:
             kept.append(view[start + skip : start + skip + keep])
             start += length
         made = bytearray().join((header, *kept))
-        struct.pack_into(">HH", made, int(self.region["frame"]), self.height, self.width)
+        struct.pack_into(">HH", made, self.frame, self.height, self.width)
         numbers = np.frombuffer(made, np.uint8)
         ends = np.cumsum(self.lengths[:, self.first : self.last]) + (len(header) - 1)
         if (numbers[ends - 1] != 0xFF).any() or (numbers[ends] & 0xF0 != 0xD0).any():
@@ -218,10 +222,7 @@ class Regions:
 
         None for an image that is to be decoded whole.
         """
-        region = self.rows[row]
-        start, interval, mcu_height, mcu_width = (
-            int(region[name]) for name in ("start", "interval", "mcu_height", "mcu_width")
-        )
+        start, header, frame, crc32, interval, mcu_height, mcu_width = self.rows[row].item()
         if not interval:
             return None
         segment_width = interval * mcu_width
@@ -233,14 +234,24 @@ class Regions:
             first = max(0, first - 1)
         begin = start + 2 * rows
         lengths = np.array(self.segments[begin : begin + bottom * columns], np.int64).reshape(bottom, columns) + 2
-        skipped = int(region["header"]) + int(lengths[:top].sum())
-        lengths = lengths[top:]
+        offset, lengths = header + int(lengths[:top].sum()), lengths[top:]
         checksums = np.array(self.segments[start + 2 * top : start + 2 * bottom]).view("<u4")
         y, x = top * mcu_height, first * segment_width
         return Cut(
-            region, skipped, int(lengths.sum()), y, x, min(height, bottom * mcu_height) - y,
-            min(width, last * segment_width) - x, checksums, lengths, first, last,
-        )  # fmt: skip
+            header=header,
+            frame=frame,
+            crc32=crc32,
+            offset=offset,
+            size=int(lengths.sum()),
+            top=y,
+            left=x,
+            height=min(height, bottom * mcu_height) - y,
+            width=min(width, last * segment_width) - x,
+            checksums=checksums,
+            lengths=lengths,
+            first=first,
+            last=last,
+        )
 
 
 def _mapped(file: str, dtype: np.dtype) -> np.ndarray:

@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data.parallel import check_stop, run_parallel
+from data.regions import Regions
 from data.tars import member_name, member_names, read_rows, report_unreadable, scan_shard
 from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256, locked, read_file, require_writable
@@ -59,6 +60,12 @@ def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
         for entry in manifest["splits"].values():
             _require(entry, index=dict, shards=list)
             _require(entry["index"], file=str, sha256=str)
+            if "regions" in entry:
+                _require(entry["regions"], files=list)
+                for file in entry["regions"]["files"]:
+                    _require(file, file=str, bytes=int, sha256=str)
+                if len(entry["regions"]["files"]) != 2:
+                    raise ValueError("its regions are not two files")
             if not isinstance(entry.get("skipped", []), list):
                 raise TypeError("its skipped is no list")
             for shard in entry["shards"]:
@@ -110,6 +117,18 @@ def prepared_split(root: Path, manifest: dict[str, Any], split: str) -> tuple[tu
     samples = read_rows(path, [shard["bytes"] for shard in entry["shards"]])
     _require_counts(entry, samples, manifest["classes"], path)
     return tuple(str(root / shard["file"]) for shard in entry["shards"]), samples
+
+
+def prepared_regions(root: Path, manifest: dict[str, Any], split: str) -> Regions | None:
+    """The regions of a split, whose sizes are those that the manifest states; None for shards without any."""
+    described = split_entry(manifest, split, root / MANIFEST).get("regions")
+    if described is None:
+        return None
+    for file in described["files"]:
+        path = root / file["file"]
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise UserError(f"{path}: not the {file['bytes']} bytes that {MANIFEST} lists: copy it again")
+    return Regions(*(str(root / file["file"]) for file in described["files"]))
 
 
 def _require_counts(entry: dict[str, Any], samples: np.ndarray, classes: Sequence[str], path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops
-from data.reader import LoaderOptions, ShardReader, resize, timed, within_budget
+from data.reader import LoaderOptions, Piece, ShardReader, resize, timed, within_budget
 from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
 from repghost.errors import UserError
@@ -127,16 +127,17 @@ class CroppedBatches(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[str]]:
         crops = self.crops(*key)
 
-        def load(row: int, sample: int) -> Tensor:
-            image = self._reader.decode(sample, self._reader.read(sample))
-            top, left, height, width = crops.windows[row].tolist()
-            return resize(image[:, top : top + height, left : left + width], crops, row)
+        def load(row: int, sample: int, piece: Piece) -> Tensor:
+            image = self._reader.decode(sample, piece.content).permute(1, 2, 0)
+            top, left, height, width = crops.parts[row].tolist()
+            top, left = top - piece.top, left - piece.left
+            return resize(image[top : top + height, left : left + width], crops, row)
 
-        black = torch.zeros(3, crops.image_size, crops.image_size, dtype=torch.uint8)
+        black = torch.zeros(crops.image_size, crops.image_size, 3, dtype=torch.uint8)
         images, labels, errors = self._reader.load(crops, load, black)
         # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
         rest = map(torch.from_numpy, (labels, crops.positions, crops.uniforms))
-        return Batch(default_collate(images), *rest), errors
+        return Batch(default_collate(images).permute(0, 3, 1, 2), *rest), errors
 
 
 def _forget_workers(loader: DataLoader) -> None:

@@ -251,7 +251,7 @@ def test_dalis_resize_is_close_to_pils(kind: str, tmp_path: Path) -> None:
 def batch_by_dali(crops: Crops) -> np.ndarray:
     """uint8 [rows, 3, 224, 224], the first batch."""
     dali = import_module("nvidia.dali")
-    source = DaliSource(BatchReader(crops), on_gpu=True)
+    source = DaliSource(BatchReader(crops, whole_windows=True), on_gpu=True)
 
     @dali.pipeline_def(batch_size=crops.sampler.batch_size, num_threads=1, device_id=None)
     def pipeline():
@@ -373,7 +373,7 @@ def test_the_decoder_gets_the_keys_that_are_for_it(index: Index, monkeypatch: py
     found: dict[str, Any] = {}
     monkeypatch.setattr(fn.decoders, "image", lambda file, **given: found.update(given) or file)
     options = LoaderOptions(workers=3, prefetch=4, hw_decoder_load=0.9, thread_affinity=False)
-    source = DaliSource(BatchReader(training(index)), on_gpu=True)
+    source = DaliSource(BatchReader(training(index), whole_windows=True), on_gpu=True)
     pipeline = build_pipeline(source, 8, 32, options, device_id=0, decoder="mixed")
     assert found["device"] == "mixed" and found["hw_decoder_load"] == 0.9 and found["affine"] is False
     assert (pipeline.num_threads, pipeline.prefetch_queue_depth, pipeline.device_id) == (3, 4, 0)
