@@ -173,8 +173,10 @@ class _Stream:
 def _resized(batch: EncodedBatch, regions: Any) -> Tensor:
     """uint8 [N, 3, S, S] on the CPU, of regions [h, w, 3], as the torch loader resizes them."""
     labels, size = batch.labels, batch.crops.image_size
-    images = np.zeros((len(labels), size, size, 3), np.uint8)
+    images = np.empty((len(labels), size, size, 3), np.uint8)
+    images[labels < 0] = 0
     for row in np.flatnonzero(labels >= 0).tolist():
+        region = torch.from_numpy(np.asarray(regions[row]))  # in DALI's memory
         # Copied by numpy: torch would start threads for it.
-        images[row] = resize(torch.from_numpy(regions.at(row)), batch.crops, row).numpy()
+        images[row] = resize(region, batch.crops, row).numpy()
     return torch.from_numpy(images).permute(0, 3, 1, 2)

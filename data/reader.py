@@ -228,7 +228,8 @@ def resize(part: Tensor, crops: BatchCrops, row: int) -> Tensor:
         window = part.new_empty(height, width, 3)
         top, left = crops.parts[row, 0] - top, crops.parts[row, 1] - left
         window[top : top + part.shape[0], left : left + part.shape[1]] = part
-    image = window.contiguous().permute(2, 0, 1).unsqueeze(0)
+    # In this order of calls: torch goes by the strides, and would take channels_last for something else.
+    image = window.contiguous().unsqueeze(0).permute(0, 3, 1, 2)
     resized = interpolate(image, crops.sizes[row].tolist(), mode=mode, antialias=True)[0].permute(1, 2, 0)
     top, left = crops.corners[row].tolist()
     return resized[top : top + crops.image_size, left : left + crops.image_size]
