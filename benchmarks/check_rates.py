@@ -28,7 +28,7 @@ from benchmarks.check_runs import rate_of
 from benchmarks.common import ROOT, kernels_of_training, machine, read_table
 from benchmarks.feeding import training_batches, training_config
 from benchmarks.loader import measure
-from benchmarks.pipelines import REPEATED, SHARDS, Setting, prepare, repeated
+from benchmarks.setting import REPEATED, SHARDS, Setting, prepare, repeated
 from data.crops import CenterCrops
 from data.dali_loader import DaliLoader, dali_installed
 from data.reader import LoaderOptions

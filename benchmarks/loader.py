@@ -33,6 +33,7 @@ import torch
 if not __package__:  # started as a file, not as python -m benchmarks.loader
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+
 from benchmarks.common import CORPUS, ROOT, described, kernels_of_training, machine, wait_for, write_table
 from benchmarks.pipelines import (
     LIMIT,
@@ -40,14 +41,14 @@ from benchmarks.pipelines import (
     PREFETCH,
     TIMM,
     Pipeline,
-    Setting,
-    corpus_facts,
     hand_over,
-    prepare,
-    training_recipe,
 )
+from benchmarks.setting import Setting, corpus_facts, prepare, training_recipe
+from benchmarks.writing import writing_rows
+from data.crops import BatchCrops
 from data.dali_loader import dali_installed
-from data.reader import ShardReader, decode, resize
+from data.index import Index
+from data.reader import Piece, ShardReader, decode, part_of, resize
 from data.torch_loader import CroppedBatches
 from repghost.machine import available_cpus
 from repghost.training.trainer import keep_compiled
@@ -91,11 +92,11 @@ def _cpu_seconds() -> float:
     return sum(time.clock_gettime((~process << 3) | 2) for process in processes)
 
 
-def stages(setting: Setting, batches: int) -> dict[str, float]:
+def stages(setting: Setting, index: Index, batches: int) -> dict[str, float]:
     """Milliseconds of CPU time of each stage that one image passes in a worker, before its batch is handed over."""
-    all_crops, reader = setting.crops(setting.original), ShardReader(setting.original)
+    all_crops, reader = setting.crops(index), ShardReader(index)
     all_crops(0, 0)  # draws the order of the epoch, once
-    spent = dict.fromkeys(("crops", "read and check", "decode", "resize"), 0.0)
+    spent = dict.fromkeys(("crops", "read, check, cut", "decode", "resize"), 0.0)
     clock = 0.0
 
     def lap(stage: str) -> None:
@@ -107,16 +108,16 @@ def stages(setting: Setting, batches: int) -> dict[str, float]:
     for batch in range(batches):
         clock = time.thread_time()
         crops = all_crops(0, batch)
-        reader.readahead(crops.samples)
         lap("crops")
-        for row, sample in enumerate(crops.samples.tolist()):
-            content = reader.read(sample)
-            lap("read and check")
-            image = decode(content)
+
+        def load(row: int, sample: int, piece: Piece, crops: BatchCrops = crops) -> None:
+            lap("read, check, cut")
+            image = decode(piece.content).permute(1, 2, 0)
             lap("decode")
-            top, left, height, width = crops.windows[row].tolist()
-            resize(image[:, top : top + height, left : left + width], crops, row)
+            resize(part_of(image, piece, crops, row), crops, row)
             lap("resize")
+
+        reader.load(crops, load, missing=None)
     return spent
 
 
@@ -125,7 +126,11 @@ def stages(setting: Setting, batches: int) -> dict[str, float]:
 
 def pipeline_rows(setting: Setting, workers: int, seconds: float, repetitions: int) -> Iterator[dict[str, Any]]:
     """A row a pipeline."""
-    pipelines = {name: p for name, p in PIPELINES.items() if dali_installed() or not name.startswith("dali")}
+    pipelines = {
+        name: pipeline
+        for name, pipeline in PIPELINES.items()
+        if (dali_installed() or not name.startswith("dali")) and (setting.regions or "regions" not in name)
+    }
     rates: dict[str, list[Rate]] = {name: [] for name in pipelines}
     for _ in range(repetitions):
         for name, pipeline in pipelines.items():
@@ -150,20 +155,23 @@ def pipeline_rows(setting: Setting, workers: int, seconds: float, repetitions: i
 
 
 def stage_rows(setting: Setting, seconds: float, repetitions: int) -> Iterator[dict[str, Any]]:
-    """A row a stage of the torch loader."""
+    """A row a stage of the torch loader, with files that are decoded whole and with those that are cut."""
     batches = max(1, 256 // setting.batch_size)
-    runs = []
+    indexes = {"": setting.original} | ({", regions": setting.regions} if setting.regions else {})
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in indexes}
     for _ in range(repetitions):
         sending = 1000 / measure(hand_over, setting, 1, seconds).core_second
-        runs.append({**stages(setting, batches), "stack, hand over": sending})
-    middle = {stage: median(run[stage] for run in runs) for stage in runs[0]}
-    for stage, milliseconds in middle.items():
-        yield {
-            "what": f"stage: {stage}",
-            "workers": 1,
-            "milliseconds_per_image": milliseconds,
-            "share_of_stages": milliseconds / sum(middle.values()),
-        }
+        for kind, index in indexes.items():
+            runs[kind].append({**stages(setting, index, batches), "stack, hand over": sending})
+    for kind, found in runs.items():
+        middle = {stage: median(run[stage] for run in found) for stage in found[0]}
+        for stage, milliseconds in middle.items():
+            yield {
+                "what": f"stage: {stage}{kind}",
+                "workers": 1,
+                "milliseconds_per_image": milliseconds,
+                "share_of_stages": milliseconds / sum(middle.values()),
+            }
 
 
 def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]:
@@ -188,7 +196,7 @@ def augment_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]
 
 
 COLUMNS = {  # of the printed table: heading, format
-    "what": ("", "{:38s}"),
+    "what": ("", "{:46s}"),
     "workers": ("workers", "{:>8d}"),
     "images_per_second": ("images/s", "{:>9.0f}"),
     "ratio_to_timm": ("x timm", "{:>7.2f}"),
@@ -203,9 +211,15 @@ def print_table(table: list[dict[str, Any]]) -> None:
     widths = {name: len(layout.format("" if "s" in layout else 0)) for name, (_, layout) in COLUMNS.items()}
     print("".join(f"{heading:>{widths[name]}}" for name, (heading, _) in COLUMNS.items()))
     for row in table:
-        if "milliseconds_per_image" in row:
+        if "seconds_for_10000" in row:
+            print(
+                f"{row['what']:46s} {row['images_per_second']:.0f} images/s, "
+                f"10,000 in {row['seconds_for_10000']:.0f} s, "
+                f"{row['kilobytes']:.1f} kB an image, {row['size_to_original']:.3f} of the original"
+            )
+        elif "milliseconds_per_image" in row:
             share = f", {row['share_of_stages']:.0%}" if "share_of_stages" in row else ""
-            print(f"{row['what']:38s} {row['milliseconds_per_image']:.3f} ms{share}")
+            print(f"{row['what']:46s} {row['milliseconds_per_image']:.3f} ms{share}")
         else:
             print("".join(layout.format(row[name]) for name, (_, layout) in COLUMNS.items()))
 
@@ -239,14 +253,17 @@ def main(arguments: list[str] | None = None) -> None:
     facts |= corpus_facts(setting)
     if not dali_installed():
         print("dali loader: left out, the package nvidia-dali-cuda130 is not installed")
+    if setting.regions is None:
+        print("regions: left out, the program jpegtran is not installed")
     table: list[dict[str, Any]] = []
     for workers in options.workers:
         table += pipeline_rows(setting, workers, options.seconds, options.repetitions)
     table += stage_rows(setting, options.seconds, options.repetitions)
     table += augment_rows(setting, options.repetitions)
+    table += writing_rows(setting, min(2, options.repetitions))
     print_table(table)
     print(described(facts))
-    write_table(options.out, [row | facts for row in table])
+    write_table(options.out, [facts | row for row in table])
 
 
 if __name__ == "__main__":

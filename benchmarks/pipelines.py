@@ -1,4 +1,4 @@
-"""The pipelines that loader.py compares, and the corpus that they read.
+"""The pipelines that loader.py compares.
 
 Each is a function of a setting and a number of workers that yields batches on the setting's device. Those with
 "recipe" in their names yield what a training step takes: augmented, normalized floats. On a GPU that is computed there,
@@ -6,81 +6,30 @@ by timm's prefetcher as in timm's training script. This project's batches are th
 with its defaults for the device, but for the loader and the workers.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from timm.data import create_dataset, create_loader
 from timm.data.loader import MultiEpochsDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from benchmarks.corpus import TRAIN, corpus
 from benchmarks.feeding import training_batches, training_config
-from data.augment import Augment
-from data.crops import RandomCrops
-from data.index import Index, load_index
+from benchmarks.setting import COMPACT, EPOCH, IMAGE_SIZE, REGIONS, REPEATED, SHARDS, Setting, repeated
 from data.reader import LoaderOptions
-from data.sampling import RankSampler
-from data.shards import MANIFEST
 from data.torch_loader import TorchLoader
-from data.write_shards.write import write_folder
 from repghost.dataset import Batch
-from repghost.files import file_sha256, write_text
-from repghost.training.trainer import compiles
 
-IMAGE_SIZE = 224
-SHARDS = "shards"  # the folder of the originals beside that of the class folders
-COMPACT, SHORTER = "compact", 256  # that of small images, and their shorter side
 PREFETCH = 2  # batches that a worker is ahead, in every pipeline
 READ_AHEAD = 2**17  # bytes that Linux reads around what it is asked for
-EPOCH = 1_000_000  # images that an index is repeated to, so that no epoch ends while it is measured
-REPEATED = 60  # times that an epoch of train.py's loaders has every image
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all pipelines share. original: the index of the corpus, repeated to EPOCH images."""
-
-    folder: Path  # class folders
-    original: Index
-    recipe: DictConfig
-    batch_size: int
-    device: torch.device  # that the batches are for
-    width: float  # of the network that the recipe is for
-
-    @property
-    def files(self) -> int:
-        """Images of the corpus."""
-        return len(np.unique(self.original.samples))
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def augment(self) -> Augment:
-        """The recipe's augmentation as train.py runs it on the device."""
-        made = instantiate(self.recipe.augment)
-        if compiles("auto", self.device):
-            made.compile()
-        return made
-
-    def crops(self, index: Index) -> RandomCrops:
-        """The recipe's crops of an index."""
-        sampler = RankSampler(len(index), self.batch_size)
-        return RandomCrops(index, sampler, IMAGE_SIZE, 0, self.recipe.scale, self.recipe.ratio)
 
 
 # -- the pipelines: (setting, workers) -> batches ----------------------------------------------------------------------
@@ -156,9 +105,11 @@ def ours(
     return training_batches(training_config(setting.device, *overrides), augmented)
 
 
-def cold(setting: Setting, workers: int) -> Iterator[Any]:
+def cold(setting: Setting, workers: int, regions: bool = False) -> Iterator[Any]:
     """The torch loader's uint8 batches from shards that the page cache does not hold."""
-    index, crops = setting.original, setting.crops(setting.original)
+    index = setting.regions if regions else setting.original
+    assert index is not None
+    crops = setting.crops(index)
     with ExitStack() as stack:
         files = [stack.enter_context(open(shard, "rb")).fileno() for shard in index.shards]
         for file in files:
@@ -221,70 +172,13 @@ PIPELINES: dict[str, Pipeline] = {
     "torch loader, uint8, cold page cache": cold,
     "torch loader, recipe, compact shards": partial(ours, data=COMPACT, augmented=True),
     "torch loader, uint8, compact shards": partial(ours, data=COMPACT),
+    "torch loader, recipe, regions": partial(ours, data=REGIONS, augmented=True),
+    "torch loader, uint8, regions": partial(ours, data=REGIONS),
+    "torch loader, uint8, regions, cold page cache": partial(cold, regions=True),
     "dali loader, recipe": partial(ours, loader="dali", augmented=True),
     "dali loader, uint8": partial(ours, loader="dali"),
+    "dali loader, recipe, regions": partial(ours, loader="dali", data=REGIONS, augmented=True),
+    "dali loader, uint8, regions": partial(ours, loader="dali", data=REGIONS),
     "dali loader, uint8, compact shards": partial(ours, loader="dali", data=COMPACT),
     LIMIT: bare_decode,
 }
-
-
-# -- what they read ----------------------------------------------------------------------------------------------------
-
-
-def prepare(folder: Path, images: int, batch_size: int, device: torch.device, width: float = 1.0) -> Setting:
-    """The corpus and its shards, made on the first call, for the recipe of a width."""
-    files = corpus(folder, images)
-
-    def index(name: str, shorter: int | None) -> Index:
-        write_folder(files / TRAIN, files / name, split="train", images_per_shard=500, resize=shorter, quiet=True)
-        once = load_index(files / name, "train", files)
-        return replace(once, samples=np.tile(once.samples, max(1, EPOCH // images)))
-
-    original, _ = index(SHARDS, None), index(COMPACT, SHORTER)
-    return Setting(files / TRAIN, original, training_recipe(width), batch_size, device, width)
-
-
-def repeated(shards: Path, times: int) -> Path:
-    """A data set that has every training image of another one `times` times, and its first shard for validation.
-
-    Its shards are links, so that an epoch is long and the corpus small. Written on the first call.
-    """
-    folder = shards.with_name(f"repeated-{times}")
-    if (folder / MANIFEST).exists():
-        return folder
-    folder.mkdir(exist_ok=True)
-    manifest = json.loads((shards / MANIFEST).read_text())
-    rows, entries = np.load(shards / "train.index.npy"), manifest["splits"]["train"]["shards"]
-    for split, count in (("train", times), ("val", 1)):
-        copies = [rows.copy() for _ in range(count)] if split == "train" else [rows[rows["shard"] == 0]]
-        sources = entries * count if split == "train" else entries[:1]
-        for number, copy in enumerate(copies):
-            copy["shard"] += number * len(entries)
-        found = np.concatenate(copies)
-        names = [f"{split}-{number:06d}.tar" for number in range(len(sources))]
-        for name, source in zip(names, sources, strict=True):
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to((shards / source["file"]).resolve())
-        index = folder / f"{split}.index.npy"
-        np.save(index, found)
-        manifest["splits"][split] = {
-            "images": len(found),
-            "images_per_class": np.bincount(found["label"], minlength=len(manifest["classes"])).tolist(),
-            "skipped": [],
-            "index": {"file": index.name, "sha256": file_sha256(index)},
-            "shards": [source | {"file": name} for name, source in zip(names, sources, strict=True)],
-        }
-    write_text(folder / MANIFEST, json.dumps(manifest))
-    return folder
-
-
-def training_recipe(width: float) -> DictConfig:
-    """The paper's recipe with the augmentation of a width."""
-    config = training_config(torch.device("cpu"), "data.root=not read", "recipe=paper", f"width={width}")
-    return config.recipe
-
-
-def corpus_facts(setting: Setting) -> dict[str, Any]:
-    """What the figures depend on beside the code and the machine."""
-    sizes = np.unique(setting.original.samples)["size"]
-    return {"images": len(sizes), "kilobytes": sizes.mean() / 1000, "batch_size": setting.batch_size}

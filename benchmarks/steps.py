@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.common import kernels_of_training, wait_for
 from benchmarks.feeding import training_config
-from benchmarks.pipelines import IMAGE_SIZE
+from benchmarks.setting import IMAGE_SIZE
 from repghost.dataset import Batch
 from repghost.training.trainer import keep_freed_memory
 

@@ -49,7 +49,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import CORPUS, ROOT, described, machine, rates, read_table, write_table
 from benchmarks.feeding import training_batches
 from benchmarks.loader import measure
-from benchmarks.pipelines import SHARDS, Pipeline, Setting, corpus_facts, prepare, repeated, timm_recipe
+from benchmarks.pipelines import Pipeline, timm_recipe
+from benchmarks.setting import SHARDS, Setting, corpus_facts, prepare, repeated
 from benchmarks.steps import WARM_UP, Run, first_steps, our_step, timed_steps, timm_step
 from repghost.dataset import Batch
 from repghost.machine import available_cpus

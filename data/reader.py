@@ -210,6 +210,13 @@ def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> I
         yield batch
 
 
+def part_of(image: Tensor, piece: Piece, crops: BatchCrops, row: int) -> Tensor:
+    """The part uint8 [h, w, 3] that a row needs of what its file was decoded to, uint8 [H, W, 3]."""
+    top, left, height, width = crops.parts[row].tolist()
+    top, left = top - piece.top, left - piece.left
+    return image[top : top + height, left : left + width]
+
+
 def resize(part: Tensor, crops: BatchCrops, row: int) -> Tensor:
     """uint8 [S, S, 3] of what was decoded for a row, uint8 [h, w, 3]: its window resized, and the centre cut out.
 

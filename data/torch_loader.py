@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops
-from data.reader import LoaderOptions, Piece, ShardReader, resize, timed, within_budget
+from data.reader import LoaderOptions, Piece, ShardReader, part_of, resize, timed, within_budget
 from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
 from repghost.errors import UserError
@@ -129,9 +129,7 @@ class CroppedBatches(Dataset):
 
         def load(row: int, sample: int, piece: Piece) -> Tensor:
             image = self._reader.decode(sample, piece.content).permute(1, 2, 0)
-            top, left, height, width = crops.parts[row].tolist()
-            top, left = top - piece.top, left - piece.left
-            return resize(image[top : top + height, left : left + width], crops, row)
+            return resize(part_of(image, piece, crops, row), crops, row)
 
         black = torch.zeros(crops.image_size, crops.image_size, 3, dtype=torch.uint8)
         images, labels, errors = self._reader.load(crops, load, black)

@@ -17,7 +17,8 @@ from benchmarks.common import described, gpu, kernels_of_training, machine
 from benchmarks.corpus import corpus
 from benchmarks.feeding import training_batches, training_config
 from benchmarks.loader import main
-from benchmarks.pipelines import PIPELINES, SHARDS, Setting, prepare, repeated
+from benchmarks.pipelines import PIPELINES
+from benchmarks.setting import COMPACT, REGIONS, SHARDS, Setting, can_make_regions, prepare, repeated
 from benchmarks.steps import Run, first_steps, our_step, timed_steps
 from data.dali_loader import dali_installed
 from data.index import load_indexes
@@ -34,6 +35,7 @@ PIPELINE_FIGURES = {
     "share_of_decode_limit_per_core_second",
 }
 STAGE_FIGURES = {"milliseconds_per_image", "share_of_stages"}
+WRITING_FIGURES = {"images_per_second", "seconds_for_10000", "kilobytes", "size_to_original"}
 FACTS = {"workers", "repetitions", "images", "kilobytes", "batch_size", "cores"}
 NAMES = {"what", "device", "load", "cpu", "python", "torch", "torchvision", "timm", "pillow", "date"}
 
@@ -48,16 +50,23 @@ def test_loader_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     )
     with open(out, newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert set(table[0]) == PIPELINE_FIGURES | STAGE_FIGURES | FACTS | NAMES
+    writing = WRITING_FIGURES if can_make_regions() else set()
+    assert set(table[0]) == PIPELINE_FIGURES | STAGE_FIGURES | writing | FACTS | NAMES
     for row in table:
         kind = row["what"].partition(":")[0]
-        figures = FACTS | {"stage": STAGE_FIGURES, "augment": {"milliseconds_per_image"}}.get(kind, PIPELINE_FIGURES)
+        kinds = {"stage": STAGE_FIGURES, "augment": {"milliseconds_per_image"}, "write": WRITING_FIGURES}
+        figures = FACTS | kinds.get(kind, PIPELINE_FIGURES)
         assert all(float(row[name]) > 0 for name in figures), row
         assert all(row[name] for name in NAMES)
-    pipelines = [row["what"] for row in table if not row["what"].startswith(("stage: ", "augment: "))]
+    pipelines = [row["what"] for row in table if not row["what"].startswith(("stage: ", "augment: ", "write: "))]
+    kinds = 2 if can_make_regions() else 1
     assert sum(row["what"].startswith("augment: ") for row in table) == 2
-    assert pipelines == [name for name in PIPELINES if dali_installed() or not name.startswith("dali")]
-    assert sum(float(row["share_of_stages"] or 0) for row in table) == pytest.approx(1, abs=0.01)
+    assert pipelines == [
+        name
+        for name in PIPELINES
+        if (dali_installed() or not name.startswith("dali")) and (kinds == 2 or "regions" not in name)
+    ]
+    assert sum(float(row["share_of_stages"] or 0) for row in table) == pytest.approx(kinds, abs=0.01 * kinds)
     printed = capsys.readouterr().out
     assert all(row["what"] in printed for row in table)
 
@@ -90,6 +99,15 @@ def test_a_repeated_data_set_has_every_image_as_often(setting: Setting, tmp_path
     assert len(train) == 3 * len(once) == 24 and len(val) == 8 and len(train.shards) == 3
     for field in ("offset", "size", "crc32", "label"):
         assert (np.sort(train.samples[field]) == np.sort(np.tile(once[field], 3))).all()
+
+
+def test_kinds_of_shards_are_repeated_apart(setting: Setting, tmp_path: Path) -> None:
+    kinds = [SHARDS, COMPACT, *([REGIONS] if can_make_regions() else [])]
+    indexes = [load_indexes(repeated(setting.folder.parent / kind, 2), ["train"], tmp_path)["train"] for kind in kinds]
+    assert len({index.fingerprint for index in indexes}) == len(kinds)
+    if can_make_regions():
+        regions = indexes[-1].regions
+        assert regions is not None and len(regions.rows) == 16 and (regions.rows["interval"] > 0).all()
 
 
 def test_our_batches_are_those_of_a_training(setting: Setting, tmp_path: Path) -> None:

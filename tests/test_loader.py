@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from images import encoded, patch
 from PIL import Image
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
@@ -25,8 +28,9 @@ from data import datamodule
 from data.crops import CenterCrops, RandomCrops
 from data.index import Index, load_index
 from data.loader_plan import plan_loader
-from data.reader import BadImage, LoaderOptions, ShardReader, decode, timed
+from data.reader import BadImage, LoaderOptions, ShardReader, decode, resize, timed
 from data.sampling import NUM_UNIFORMS, RankSampler
+from data.tars import SAMPLE
 from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
 from repghost import machine
 from repghost.errors import UserError
@@ -326,3 +330,21 @@ def test_workers_and_threads_are_as_many_as_cores(
     finally:
         torch.set_num_threads(before)
     assert set(found) == {(quota, quota)}
+
+
+@given(
+    height=st.integers(1, 300), width=st.integers(1, 300), image_size=st.integers(32, 96),
+    fraction=st.sampled_from([0.5, 0.7, 0.875, 0.95, 1.0]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_a_centre_crop_needs_no_more_than_its_part(
+    height: int, width: int, image_size: int, fraction: float, seed: int
+) -> None:
+    index = Index("val", (), np.zeros(1, SAMPLE), ("0",))
+    index.samples["height"], index.samples["width"] = height, width
+    crops = CenterCrops(index, RankSampler(1, 1), image_size, fraction)(0, 0)
+    window = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    top, left, h, w = crops.parts[0].tolist()
+    whole = resize(window, replace(crops, parts=crops.windows), 0)
+    assert torch.equal(resize(window[top : top + h, left : left + w], crops, 0), whole)
+    if fraction < 0.8 and min(height, width) > 200:
+        assert h * w < 0.9 * height * width

@@ -120,6 +120,17 @@ def test_photographs(sampling: str, height: int, width: int, tmp_path: Path) -> 
     assert len(small) < len(file) / 4
 
 
+@pytest.mark.parametrize("sampling", AVAILABLE)
+@pytest.mark.parametrize("width", [97, 98, 99, 100, 101])
+def test_the_last_pixels_of_a_row(sampling: str, width: int, tmp_path: Path) -> None:
+    """In an image of up to four pixels, decoders do not interpolate chroma: such a cut would have other pixels."""
+    file = jpeg(20, width, sampling, interval=1)
+    regions, whole = regions_of(tmp_path, file), decode(file)
+    for left in range(width - 6, width):
+        pixels, _ = cut(regions, 0, file, 20, width, (0, left, 20, width - left))
+        assert torch.equal(pixels, whole[:, :, left:])
+
+
 def test_what_stands_before_the_scan_may_look_like_markers(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "\xff\xd8\xff\xd0\xff\xda\xff\xd9".encode("latin-1").decode("latin-1")
