@@ -2,9 +2,11 @@
 # host's. README.md says how to build and run this.
 FROM debian:12-slim
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
-# gcc, g++ and Python's headers are for torch.compile, the certificates for images and data at https://.
+# gcc, g++ and Python's headers are for torch.compile, the certificates for images and data at https://, the
+# programs of libjpeg-turbo for data.write_shards --regions.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates g++ gcc git make python3 python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends \
+        ca-certificates g++ gcc git libjpeg-turbo-progs make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 # The user of the host whose folders are mounted.
 ARG UID=1000

@@ -38,7 +38,7 @@ from data.shards import (
 )
 from data.tars import member_name, member_names
 from repghost.errors import UserError, run_command
-from repghost.files import read_class_names
+from repghost.files import file_sha256, read_class_names
 from repghost.machine import available_cpus
 
 BY_NAME: Mapping[str, str | None] = dict.fromkeys(SPLIT_NAMES)  # no pattern for any split
@@ -149,11 +149,12 @@ def _summary(index: Index) -> str:
     opened = rows[rows["height"] > 0]
     sides = np.stack([opened["width"], opened["height"]])
     width, height = np.median(sides, axis=1)
+    can = "" if index.regions is None else f"\n  {np.count_nonzero(index.regions.rows['interval']):,} images can be cut"
     return (
         f"{index.split}: {len(index):,} images in {len(index.shards):,} shards, "
         f"{len(index.classes):,} classes, {rows['size'].sum(dtype=np.int64) / 1e9:,.3f} GB\n"
         f"  median image {np.median(rows['size']) / 1e3:,.1f} kB, {width:.0f} x {height:.0f} pixels; "
-        f"sides from {sides.min()} to {sides.max()} pixels"
+        f"sides from {sides.min()} to {sides.max()} pixels{can}"
     )
 
 
@@ -189,6 +190,9 @@ def _show(options: argparse.Namespace) -> int:
             entries = described[split]["shards"] if prepared else [{}] * len(index.shards)
             checksums = [entry.get("sha256") for entry in entries]
             damaged += verify(index.shards, index.samples, checksums, options.workers)
+            for file in described.get(split, {}).get("regions", {}).get("files", []):
+                if file_sha256(root / file["file"]) != file["sha256"]:
+                    damaged.append(f"{root / file['file']}: not the file that {MANIFEST} describes: copy it again")
     if options.verify:
         print(*damaged, f"{len(damaged)} damaged" if damaged else "no damaged images", sep="\n")
     return 1 if damaged else 0

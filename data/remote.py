@@ -55,7 +55,8 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     digest = hashlib.sha256(content).hexdigest()
     entries = [split_entry(manifest, split, where) for split in splits]
     files: list[File] = [{"file": "manifest.json", "sha256": digest}]
-    files += [file for entry in entries for file in (entry["index"], *entry["shards"])]
+    for entry in entries:
+        files += [entry["index"], *entry.get("regions", {}).get("files", []), *entry["shards"]]
     if any("sha256" not in file for file in files):
         raise UserError(f"{where}: no checksums (sha256) of the shards: write the shards again")
     folder = Path(cache).expanduser() / "staged" / f"{remote.url.rpartition('/')[2] or 'shards'}-{digest[:16]}"

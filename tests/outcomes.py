@@ -431,6 +431,8 @@ WRITE_REFUSED: Rows = {
     "kaggle {images} {new}": r"LOC_val_solution\.csv: missing",
     "parquet {images} {new}": r"{images}",
     "parquet {file} {new}": r"{file}",
+    "shards {shards} {new}": r"only be copied: give --regions",
+    "shards {shards} {new} --regions --resize 256": r"--resize",
     "archives {file} {file} {file} {new}": r"names contain",
     "archives {empty} {new}": r"ARCHIVE|required|arguments",
 }

@@ -119,14 +119,14 @@ def _mcu_columns(content: bytes) -> int | str:
         if marker == 0xFF:  # a fill byte
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
-            bits, components = content[at + 4], content[at + 9]
+            components = content[at + 9]
             factors = [factor >> 4 for factor in content[at + 11 : at + 10 + 3 * components : 3]]
             columns = -(-int.from_bytes(content[at + 7 : at + 9], "big") // 8)
             if marker not in _REWRITTEN:
                 known = {_LOSSLESS: "lossless JPEG"}.get(marker, _OTHER)
                 return "arithmetic coding" if marker >= _ARITHMETIC else known
-            if bits != 8 or components == 4:
-                return f"{bits} bits" if bits != 8 else "CMYK"
+            if components == 4:
+                return "CMYK"
             # A single component has no larger MCUs, whatever its factors are (A.2.2).
             return -(-columns // max(factors)) if components > 1 and all(factors) else columns
         else:

@@ -61,12 +61,11 @@ def _source(index: Index, workers: int) -> Source:
         workers = 1  # processes take seconds to start
     names = dict(run_parallel(member_names, index.shards, min(workers, len(index.shards))))
     entries = []
-    for sample in index.samples:
-        shard, offset = int(sample["shard"]), int(sample["offset"])
+    columns = (index.samples[name].tolist() for name in ("shard", "offset", "label", "size", "crc32"))
+    for shard, offset, label, size, crc32 in zip(*columns, strict=True):
         if offset not in names[shard]:
             raise UserError(f"{index.shards[shard]}: no tar header before byte {offset}: copy it again")
         key = printable(names[shard][offset]).rpartition(".")[0]
-        label, size, crc32 = (int(sample[name]) for name in ("label", "size", "crc32"))
         entries.append(Entry(key, index.shards[shard], label, size, offset, shard, crc32))
     return Source(index.split, entries, read_samples, shuffle="kept")
 
