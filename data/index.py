@@ -55,6 +55,7 @@ class Index:
     shards: tuple[str, ...]
     samples: np.ndarray
     classes: tuple[str, ...]
+    category_ids: tuple[int, ...] = ()  # COCO's id of each class, where the split is for detection; labels are -1 then
     regions: Regions | None = None
 
     def __len__(self) -> int:
@@ -131,13 +132,14 @@ def load_indexes(
         classes = manifest["classes"]
     else:
         classes = numbered_classes(np.concatenate([samples["label"] for _, samples in found.values()]), root)
+    category_ids = tuple(manifest.get("category_ids", ())) if manifest else ()
     regions = {split: prepared_regions(root, manifest, split) for split in splits if manifest and split not in others}
-    indexes = {split: Index(split, *found[split], tuple(classes), regions.get(split)) for split in splits}
+    indexes = {split: Index(split, *found[split], tuple(classes), category_ids, regions.get(split)) for split in splits}
     for index in indexes.values():
         if index.regions is not None:
             index.regions.require(index.samples)
         labels = index.samples["label"]
-        wrong = (labels < 0) | (labels >= len(classes))
+        wrong = labels != -1 if category_ids else (labels < 0) | (labels >= len(classes))
         if wrong.any():
             i = int(wrong.argmax())
             raise UserError(f"{index.name(i)}: label {labels[i]}, but there are {len(classes)} class names")

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,7 +27,6 @@ from data.crops import BatchCrops
 from data.index import Index
 from data.regions import Changed, Cut
 from data.tars import why_unreadable
-from repghost.dataset import Batch
 from repghost.errors import UserError, printable
 from repghost.images import FORMATS, to_rgb
 
@@ -90,7 +90,7 @@ class ShardReader:
         """
         samples = crops.samples.tolist()
         cuts = [self._cut(*one) for one in zip(samples, crops.parts.tolist(), strict=False)]  # no sample: padding
-        self._readahead(samples, cuts)
+        self.readahead(samples, cuts)
         items, labels = [missing] * len(crops.positions), np.full(len(crops.positions), -1)
         errors: list[str] = []
         for row, (sample, cut) in enumerate(zip(samples, cuts, strict=True)):
@@ -109,9 +109,9 @@ class ShardReader:
         sample = self.index.samples[row]
         return self.index.regions.cut(row, int(sample["height"]), int(sample["width"]), part)
 
-    def _readahead(self, samples: Iterable[int], cuts: Iterable[Cut | None]) -> None:
+    def readahead(self, samples: Iterable[int], cuts: Iterable[Cut | None] = repeat(None)) -> None:
         """Tells the kernel what of the samples is read next, so that it fetches them side by side."""
-        for row, cut in zip(samples, cuts, strict=True):
+        for row, cut in zip(samples, cuts, strict=False):
             shard, offset, size = (int(self.index.samples[row][name]) for name in ("shard", "offset", "size"))
             if cut is not None:  # the header is small, and mostly in a page that is fetched as well
                 offset, size = offset + cut.offset, cut.size
@@ -195,7 +195,7 @@ def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
         yield batch
 
 
-def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:
+def within_budget(batches: Iterable[tuple[T, list[str]]], allowed: int) -> Iterator[T]:
     """The batches of an epoch, each of which comes with a line for each of its bad images; the lines are logged.
 
     Raises BadImage with the line of the first image beyond the `allowed` ones.

@@ -1,4 +1,4 @@
-"""python -m data.write_shards FORMAT SRC... OUT: images of any of five layouts to shards."""
+"""python -m data.write_shards FORMAT SRC... OUT: images of any of six layouts to shards."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 from data.arguments import share, whole_number
 from data.write_shards.archives import list_archives
+from data.write_shards.coco import list_coco
 from data.write_shards.folder import list_folder, list_kaggle
 from data.write_shards.parquet import list_parquet
 from data.write_shards.regions import transcoder
@@ -16,8 +17,8 @@ from data.write_shards.source import IMAGES_PER_SHARD, SPLITS, Listing
 from repghost.errors import UserError, run_command
 
 # Arguments of a format's function: options that no other format has, and some that write_shards takes, too.
-_OWN = {"folder": ("split", "val_share"), "shards": ("class_names", "cache")}
-_SHARED = {"folder": ("seed",), "archives": ("workers",), "shards": ("workers",)}
+_OWN = {"folder": ("split", "val_share"), "coco": ("train", "val"), "shards": ("class_names", "cache")}
+_SHARED = {"folder": ("seed",), "archives": ("workers",), "coco": ("skip_bad",), "shards": ("workers",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def _write(format: str, layout: Callable[..., Listing], src: Path, out: Path, **
 
     own = {name: options.pop(name) for name in _OWN.get(format, ())}
     own |= {name: options[name] for name in _SHARED.get(format, ())}
-    if options["regions"]:
+    if options.get("regions"):
         transcoder()  # raises before anything is listed, which may take long
     elif layout is list_shards:
         raise UserError(f"{src}: shards would only be copied: give --regions, for which they are written again")
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     # The help of a format is the docstring of its function.
-    for layout in (list_folder, list_archives, list_kaggle, list_parquet, list_shards):
+    for layout in (list_folder, list_archives, list_kaggle, list_parquet, list_coco, list_shards):
         name, text = layout.__name__.removeprefix("list_"), layout.__doc__ or ""
         command = formats.add_parser(name, help=text.partition(".\n")[0], description=text)
         command.set_defaults(layout=layout)
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
             flat.add_argument("--split", choices=SPLITS, help="SRC holds the class folders of this split")
             text = "SRC holds class folders: this share of each class is for validation, such as 0.1"
             flat.add_argument("--val-share", type=share, metavar="P", help=text)
+        if layout is list_coco:
+            for split in SPLITS:
+                command.add_argument(f"--{split}", metavar="FILE", help=f"annotations of {split}, in SRC/annotations")
         source: dict[str, Any] = {"nargs": 3, "metavar": "ARCHIVE"} if layout is list_archives else {"metavar": "SRC"}
         command.add_argument("src", type=Path, **source)
         command.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to resume")
@@ -62,12 +66,16 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--class-names", type=Path, metavar="FILE", help="of tars of others: a name a line")
             text = "for the index of tars of others (default %(default)s)"
             command.add_argument("--cache", type=Path, default=Path("~/.cache/repghost"), metavar="FOLDER", help=text)
-        _add_options(command, written=layout is list_shards)
+        _add_options(command, written=layout is list_shards, annotated=layout is list_coco)
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, written: bool) -> None:
-    """The options of every format, or those of shards that are `written`, whose images stay where they are."""
+def _add_options(parser: argparse.ArgumentParser, written: bool, annotated: bool) -> None:
+    """The options of a format.
+
+    written: of shards that exist, whose images stay where they are. annotated: of images with boxes and masks, which
+    belong to their pixels, and which are always decoded whole.
+    """
 
     def add(name: str, low: int, high: int | None, default: int | None, metavar: str, text: str) -> None:
         shown = "" if default is None else " (default %(default)s)"
@@ -76,6 +84,7 @@ def _add_options(parser: argparse.ArgumentParser, written: bool) -> None:
     if not written:
         add("--images-per-shard", 1, None, IMAGES_PER_SHARD, "S", "images in each tar")
         add("--seed", 0, 2**63 - 1, 0, "N", "of the order of the images, and of the draw for --val-share")
+    if not written and not annotated:
         resize = "reduce images with a shorter side above N pixels to N (bicubic, RGB JPEG); others keep their bytes"
         add("--resize", 1, None, None, "N", resize)
         add("--quality", 1, 100, 90, "Q", "of the JPEGs of --resize")
@@ -83,7 +92,8 @@ def _add_options(parser: argparse.ArgumentParser, written: bool) -> None:
         "rewrite JPEGs without loss (same pixels, EXIF and profiles; other bytes), with restart markers, so that "
         "training decodes only the part under each crop; needs the program jpegtran of libjpeg-turbo"
     )
-    parser.add_argument("--regions", action="store_true", help=regions)
+    if not annotated:
+        parser.add_argument("--regions", action="store_true", help=regions)
     add("--workers", 1, None, None, "N", "processes (default: one a core, one for few images)")
     add("--skip-bad", 0, None, 0, "N", "leave out up to N images that do not decode; one more ends the run")
 

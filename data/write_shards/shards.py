@@ -35,6 +35,8 @@ def list_shards(
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
     manifest = load_manifest(root) if (root / MANIFEST).exists() else None
+    if manifest and "category_ids" in manifest:
+        raise UserError(f"{root}: shards of detection, whose images are decoded whole: there is nothing to upgrade")
     splits = [split for split in SPLITS if split in manifest["splits"]] if manifest else _splits_in(root)
     indexes = load_indexes(root, splits, cache, class_names=class_names)
     sources = [_source(index, workers or available_cpus()) for index in indexes.values()]
@@ -43,7 +45,7 @@ def list_shards(
     else:
         counts = Counter((source.split, entry.group) for source in sources for entry in source.entries)
         written = {"images_per_shard": max(counts.values())}
-    return Listing(root, list(indexes[splits[0]].classes), sources, written)
+    return Listing(root, list(indexes[splits[0]].classes), sources, written=written)
 
 
 def _splits_in(root: Path) -> list[str]:
