@@ -1,19 +1,29 @@
 """Runs of train.py and evaluate.py in this process, on small real data."""
 
+import gc
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from hydra._internal.hydra import Hydra
 from images import make_images
+from PIL import Image
+from torch.distributed.launcher.api import LaunchConfig
 
 import evaluate
 import train
 from data.write_shards.write import write_folder
+from repghost import processes
+from repghost.training import classifier, loggers
 
 # Two threads that wait for each other while something else runs are far slower than one.
 torch.set_num_threads(1)
@@ -30,6 +40,51 @@ TINY = [
     "recipe.warmup_epochs=1",
     "curve_seconds=1e9",
 ]
+
+
+_get_mode = Hydra.get_mode
+
+
+def _mode_typed(self: Hydra, config_name: str | None, overrides: list[str]) -> object:
+    return _get_mode(self, config_name, overrides) if "hydra" in "".join(overrides) else None
+
+
+def _a_pixel(history: object, official: object, file: BinaryIO) -> None:
+    Image.new("L", (1, 1)).save(file, "PNG")
+
+
+# What takes a third of a command on tiny data, where it is done, and what is done in this process instead.
+SHORTCUTS = [
+    # Hydra composes a config twice, to look for hydra.mode in it, which nothing but a command line sets.
+    (Hydra, "get_mode", _mode_typed),
+    (loggers, "draw_curve", _a_pixel),
+    # Python looks through all that the tests imported, and pytest_collection_finish froze that.
+    (classifier, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int)),
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shortcuts() -> Iterator[pytest.MonkeyPatch]:
+    """Takes SHORTCUTS, except in tests that use `no_shortcuts`."""
+    with pytest.MonkeyPatch.context() as patched:
+        for owner, name, instead in SHORTCUTS:
+            patched.setattr(owner, name, instead)
+        yield patched
+
+
+@pytest.fixture
+def no_shortcuts(shortcuts: pytest.MonkeyPatch) -> Iterator[None]:
+    """All that a command does, in this process."""
+    shortcuts.undo()
+    yield
+    for owner, name, instead in SHORTCUTS:
+        shortcuts.setattr(owner, name, instead)
+
+
+def pytest_collection_finish() -> None:
+    """Lets Python's garbage collector pass by what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -84,6 +139,32 @@ def train_tiny(run: Program, shards: Path) -> Program:
         return run(train.main, *TINY, *root, *arguments)
 
     return train_with
+
+
+@pytest.fixture(scope="session")
+def _trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_in(folder, f"data.root={shards}", "name=a", "epochs=1")
+    return folder
+
+
+@pytest.fixture
+def finished_run(_trained: Path, run: Program) -> Path:
+    """outputs/a in the folder of the test, with results/: what `train_tiny("name=a", "epochs=1")` leaves there."""
+    shutil.copytree(_trained, Path(), dirs_exist_ok=True)
+    return Path("outputs/a")
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends with its training, for tests of what it wrote by then."""
+    monkeypatch.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a run are copies of this process instead of new ones, which would import everything first."""
+    monkeypatch.setattr(processes, "LaunchConfig", partial(LaunchConfig, start_method="fork"))
 
 
 @pytest.fixture

@@ -169,7 +169,6 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
-                patched.setattr("repghost.training.loggers.draw_curve", lambda *_: None)
                 train_in(folder, f"data.root={shards}", "name=x", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
@@ -224,12 +223,16 @@ def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built]) -> N
     assert observed(build(f"{key}={value}")) != before
 
 
-def test_files_are_where_keys_say(train_tiny: Program) -> None:
+def test_the_embedded_digits_train_and_files_are_where_keys_say(
+    train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [option for option, _ in FILES.values()]
     assert train_tiny("data=digits", "epochs=1", "batch_size=64", "data.eval_batch_size=512", *options) == 0
+    assert "10 classes" in capsys.readouterr().out
     assert [file for _, file in FILES.values() if not list(Path().glob(file))] == []
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_the_curve_is_drawn_as_often_as_said(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from repghost.training import loggers
 
