@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from torch.nn.functional import interpolate
 from data.crops import BatchCrops
 from data.index import Index
 from data.tars import why_unreadable
-from repghost.dataset import Batch
 from repghost.errors import UserError, printable
 from repghost.images import FORMATS, to_rgb
+
+if TYPE_CHECKING:
+    from repghost.dataset import Batch  # which needs Lightning, and reader processes do not
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
         yield batch
 
 
-def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:
+def within_budget(batches: Iterable[tuple["Batch", list[str]]], allowed: int) -> Iterator["Batch"]:
     """The batches of an epoch, each of which comes with a line for each of its bad images; the lines are logged.
 
     Raises BadImage with the line of the first image beyond the `allowed` ones.

@@ -27,7 +27,7 @@ from repghost.export import __main__ as export
 from repghost.export import check as export_check
 from repghost.export.formats import Preprocess
 from repghost.export.options import FORMATS as ALL_FORMATS
-from repghost.export.runtimes import open_exported
+from repghost.export.runtimes import open_exported, open_torchscript
 from repghost.images import Preprocessing, sample_images
 from repghost.model import WIDTHS
 from repghost.reference import timm_name
@@ -119,10 +119,12 @@ def test_safetensors_are_the_fused_weights_of_a_run(train_tiny: Program) -> None
 def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
     mean, std = (0.1, 0.5, 0.9), (0.5, 0.25, 0.75)
     model = make_run(tmp_path, mean=list(mean), std=list(std))
-    assert command(f"run={tmp_path}", "format=onnx", "preprocess=true") == 0
-    photograph, session = sample_images(1)[0], InferenceSession(tmp_path / "fused.onnx")
+    photograph = sample_images(1)[0]
+    size = f"input_size={photograph.height}x{photograph.width}"
+    assert command(f"run={tmp_path}", "format=torchscript", "preprocess=true", size) == 0
+    deployed = open_torchscript(tmp_path / "fused.pt")
     expected = model(Preprocessing(32, 1.0, mean, std).transform()(photograph)[None]).numpy()
-    found = session.run(["logits"], {"image": pixels(photograph)})[0]
+    found = deployed(torch.tensor(pixels(photograph))).numpy()
     other = model(Preprocessing(32, 1.0).transform()(photograph)[None]).numpy()
     assert np.abs(found - expected).max() < 0.1 * np.abs(other - expected).max()
     assert command(f"run={tmp_path}", "format=onnx") == 0

@@ -34,7 +34,7 @@ def test_ten_steps_equal_timm_s(dtype: torch.dtype, tolerance: float) -> None:
     theirs = timm.create_model("repghostnet_050", num_classes=10, drop_rate=0.0).to(dtype)
     theirs.load_state_dict(mine.state_dict())
     initial = mine.classifier.weight.detach().clone()
-    batches = [(torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
+    batches = [(torch.randn(16, 3, 32, 32, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
 
     classifier = classifier_of(mine, ema_decay=0.9, learning_rate=2e-3)
     optimizer = classifier.configure_optimizers()
