@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +38,19 @@ Program = Callable[..., int]
 NETWORK_FORMATS = ("onnx", "executorch", "torchscript", "coreml", "safetensors")
 
 
+@pytest.fixture(scope="module")
+def saved_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    path = tmp_path_factory.mktemp("half") / "w.safetensors"
+    return random_network(0.5, 10, path), path
+
+
 @pytest.fixture
-def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def half(saved_half: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A network of width 0.5 with 10 classes, saved in training form as w.safetensors in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return random_network(0.5, 10, tmp_path / "w.safetensors")
+    model, path = saved_half
+    shutil.copy(path, tmp_path)
+    return model
 
 
 def command(*arguments: str) -> int:
