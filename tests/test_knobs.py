@@ -61,6 +61,10 @@ CONTEXTS = {
     "recipe.augment.rand_augment": WIDE,
     "recipe.ema_decay": ("recipe.ema_span=null", "recipe.ema_decay=0.5"),
     "freeze_epochs": ("weights={last}",),
+    # The first epoch is the warm-up, with the rate that it starts at.
+    "recipe.learning_rate": ("epochs=2",),
+    "recipe.final_learning_rate": ("epochs=2",),
+    "recipe.warmup_epochs": ("epochs=2",),
 }
 VALUES = {
     "image_size": "64",
@@ -170,7 +174,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
-                train_in(folder, f"data.root={shards}", "name=x", *arguments)
+                train_in(folder, f"data.root={shards}", "name=x", "epochs=1", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
 
