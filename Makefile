@@ -17,7 +17,7 @@ demo: $(READY) ## train on the embedded digits, fuse, evaluate, print the result
 	@$(BIN)/python -m repghost.results
 
 test: $(READY) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow

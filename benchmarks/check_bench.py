@@ -93,7 +93,8 @@ class Bench:
 
     def keys(self, name: str, **keys: Any) -> list[str | Path]:
         """train.py and its overrides for a run called `name` on this device."""
-        own = {"trainer": "cpu" if self.device == "cpu" else "gpu", "trainer.devices": 1, "recipe": "quick"}
+        trainer = "cpu" if self.device == "cpu" else "gpu"
+        own: dict[str, Any] = {"trainer": trainer, "trainer.devices": 1, "recipe": "quick"}
         own |= {"data": "digits", "data.cache": self.folder / "cache", "curve_seconds": 1e9, "name": name}
         return [ROOT / "train.py", *(f"{key}={value}" for key, value in {**own, **keys}.items())]
 

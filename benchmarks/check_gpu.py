@@ -106,12 +106,14 @@ def checks(scale: Scale, kind: str) -> Iterator[Check]:
     yield Check("checkpoint of a CPU, resumed on a GPU", runs.from_cpu, told("goes on"))
     sizes = [(0.5, small, 10_000), (0.5, large, 10_000), (1.0, large, 8_000)]
     for width, size, least in sizes if kind != "cpu" else sizes[:2]:
-        of, what = {"width": width, "batch_size": size}, f"{width}x, batch {size}"
+        what = f"{width}x, batch {size}"
+        rate = partial(rates.rate, width=width, batch_size=size)
         for part in ("step", "loader"):
-            yield Check(f"{part}, {what}", partial(rates.rate, what=part, **of), no_bar(" images/s"))
+            yield Check(f"{part}, {what}", partial(rate, what=part), no_bar(" images/s"))
         bar = at_least(least, " images/s", "reference")
-        yield Check(f"end to end, {what}", partial(rates.rate, what="end to end", **of), bar)
-        yield Check(f"of the slower of both, {what}", partial(rates.together, **of), at_least(90, "%", "gpu"))
+        yield Check(f"end to end, {what}", partial(rate, what="end to end"), bar)
+        together = partial(rates.together, width=width, batch_size=size)
+        yield Check(f"of the slower of both, {what}", together, at_least(90, "%", "gpu"))
     yield Check("all devices: Top-1", runs.several, top1)
     yield Check("a failing rank ends all", runs.failing_rank, at_most(30, " s", "gpu"))
     yield Check("processes on a GPU, with a rank on each", runs.contexts, at_most(1))
@@ -127,8 +129,8 @@ def outcome(check: Check, bench: Bench, kind: str) -> Line:
         if began > bench.until:
             raise Failed("not run: the time was over")
         line = judged(check.name, check.run(bench), check.bar, kind)
-    except Skipped as reason:
-        line = Line(check.name, SKIP, str(reason), check.bar.text)
+    except Skipped as skipped:
+        line = Line(check.name, SKIP, str(skipped), check.bar.text)
     except Failed as failure:
         line = Line(check.name, FAIL, str(failure), check.bar.text, log=failure.log)
     except Exception as error:  # of this program, or of what a command left

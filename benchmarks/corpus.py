@@ -10,6 +10,7 @@ import argparse
 import io
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
@@ -38,7 +39,7 @@ def corpus(root: Path, images: int) -> Path:
     if not finished.exists():
         make, numbers = partial(_make, folder / TRAIN), range(images)
         with ExitStack() as stack:
-            made = map(make, numbers)
+            made: Iterator[None] = map(make, numbers)
             if images > CHUNK:  # processes take seconds to start
                 spawn = multiprocessing.get_context("spawn")
                 processes = stack.enter_context(ProcessPoolExecutor(available_cpus(), spawn))

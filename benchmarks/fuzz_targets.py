@@ -130,7 +130,7 @@ def members() -> list[tuple[str, bytes]]:
 
 def shards(draw: random.Random, folder: Path) -> Outcome:
     """A shard of others: its members, their order, names and types, or the bytes of the whole tar."""
-    rows = [[name, content, b"0"] for name, content in members()]
+    rows: list[list[Any]] = [[name, content, b"0"] for name, content in members()]
     whole = draw.random() < 0.4
     for _ in range(0 if whole else draw.choice([1, 1, 2, 4])):
         row = draw.choice(rows)
@@ -194,7 +194,12 @@ def manifests(draw: random.Random, folder: Path) -> Outcome:
         path.write_text(json.dumps(changed_json(draw, json.loads(path.read_text()))), errors="replace")
     else:
         path.write_bytes(changed_bytes(draw, path.read_bytes()))
-    return attempt(lambda: [read_all(root, folder / "cache", split) for split in ("train", "val")])
+
+    def read_splits() -> None:
+        for split in ("train", "val"):
+            read_all(root, folder / "cache", split)
+
+    return attempt(read_splits)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -118,8 +118,8 @@ def measured_run(config: DictConfig) -> None:
     loop = pl.loops.training_epoch_loop._TrainingEpochLoop
     advance = loop.advance
 
-    def advance_and_count(self: Any, *arguments: Any) -> None:
-        advance(self, *arguments)
+    def advance_and_count(self: Any, data_fetcher: Any) -> None:
+        advance(self, data_fetcher)
         watch.end_step()
 
     loop.advance = advance_and_count  # type: ignore[method-assign]

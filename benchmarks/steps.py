@@ -101,7 +101,7 @@ def timm_step(run: Run, compile: bool) -> Step:
     name = f"repghostnet_{round(100 * run.width):03d}"
     model: nn.Module = timm.create_model(name, num_classes=CLASSES, drop_rate=0.2)
     layout = torch.channels_last if compile else torch.contiguous_format
-    model = model.to(run.device, memory_format=layout).train()
+    model = model.to(run.device).to(memory_format=layout).train()
     optimizer = create_optimizer_v2(model, "sgd", lr=0.01, momentum=0.9, weight_decay=1e-5)
     average, loss_of = ModelEmaV2(model, decay=0.9999), LabelSmoothingCrossEntropy(0.1)
     network = torch.compile(model) if compile else model

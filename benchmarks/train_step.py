@@ -115,9 +115,9 @@ def timm_end_to_end(run: Run, setting: Setting, batches: int) -> float:
     step, loader = timm_step(run, False), iter(timm_recipe(setting, workers))
 
     def train_on(count: int) -> None:
-        for images, labels in islice(loader, count):
-            moved = (tensor.to(run.device, non_blocking=True) for tensor in (images, labels))
-            step(Batch(*moved, labels, torch.empty(0)))
+        for batch in islice(loader, count):
+            images, labels = (tensor.to(run.device, non_blocking=True) for tensor in batch)
+            step(Batch(images, labels, labels, torch.empty(0)))
         run.wait()
 
     train_on(max(WARM_UP[run.device.type], 3))

@@ -1,7 +1,7 @@
 """What making shards takes, for benchmarks/loader.py."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,10 @@ def writing_rows(setting: Setting, repetitions: int) -> Iterator[dict[str, Any]]
     def upgrade(out: Path, **options: Any) -> None:
         write_shards(list_shards(original), out, regions=True, **options)
 
-    writers = {"shards": partial(write_folder, setting.folder, split="train"), "regions of shards": upgrade}
+    writers: dict[str, Callable[..., Any]] = {
+        "shards": partial(write_folder, setting.folder, split="train"),
+        "regions of shards": upgrade,
+    }
     rates: dict[str, list[float]] = {what: [] for what in writers}
     for _ in range(repetitions):
         for what, write in writers.items():

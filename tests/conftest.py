@@ -1,22 +1,23 @@
-"""Runs of train.py and evaluate.py in this process, on small real data."""
+"""Runs of train.py and evaluate.py in this process, on small real data.
 
+Nothing that takes long to import is, before a fixture needs it: the process that hands the tests out needs nothing.
+"""
+
+import gc
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from images import make_images
-
 import evaluate
 import train
-from data.write_shards.write import write_folder
-
-# Two threads that wait for each other while something else runs are far slower than one.
-torch.set_num_threads(1)
 
 TINY = [
     "recipe=quick",
@@ -32,15 +33,64 @@ TINY = [
 ]
 
 
+def use_one_thread() -> None:
+    """Of torch: two that wait for each other while something else runs are far slower."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def take_shortcuts(patched: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes a third of a command on tiny data, and has tests of its own."""
+    from hydra._internal.hydra import Hydra
+
+    composed = Hydra.get_mode
+
+    def as_typed(self: Any, config_name: str | None, overrides: list[str]) -> object:
+        return composed(self, config_name, overrides) if "hydra" in "".join(overrides) else None
+
+    def a_pixel(history: object, official: object, file: BinaryIO) -> None:
+        from PIL import Image
+
+        Image.new("L", (1, 1)).save(file, "PNG")
+
+    # Hydra composes a config twice, to look for hydra.mode in it, which nothing but a command line sets.
+    patched.setattr(Hydra, "get_mode", as_typed)
+    patched.setattr("repghost.training.loggers.draw_curve", a_pixel)
+    # Python looks through all that the tests imported, which pytest_collection_finish froze.
+    as_it_is = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
+    patched.setattr("repghost.training.classifier.gc", as_it_is)
+
+
+@pytest.fixture
+def no_shortcuts() -> None:
+    """A command does all that it does for a user."""
+
+
+def pytest_collection_finish() -> None:
+    """Lets Python's garbage collector pass by what was imported."""
+    if "torch" in sys.modules:
+        use_one_thread()
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what is marked as needing a GPU where there is none."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 45 training and 15 validation images in shards of 16."""
+    from images import make_images
+
+    from data.write_shards.write import write_folder
+
     folder = tmp_path_factory.mktemp("photographs")
     write_folder(
         make_images(folder / "images", train=15, val=5), folder / "tiny", images_per_shard=16, workers=1, quiet=True
@@ -53,16 +103,21 @@ Program = Callable[..., int]
 
 def train_in(folder: Path, *arguments: str) -> None:
     """Trains a tiny network, for fixtures that several tests share; `train_tiny` is for one test."""
+    use_one_thread()
     with pytest.MonkeyPatch.context() as patched:
+        take_shortcuts(patched)
         patched.chdir(folder)
         patched.setattr(sys, "argv", ["train.py", *TINY, *arguments])
         train.main()
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Program:
     """Calls a program's main with a command line, in an empty folder; returns the exit code."""
+    use_one_thread()
     monkeypatch.chdir(tmp_path)
+    if "no_shortcuts" not in request.fixturenames:
+        take_shortcuts(monkeypatch)
 
     def program(main: Callable[[], None], *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *arguments])
@@ -84,6 +139,34 @@ def train_tiny(run: Program, shards: Path) -> Program:
         return run(train.main, *TINY, *root, *arguments)
 
     return train_with
+
+
+@pytest.fixture(scope="session")
+def _trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train_in(folder, f"data.root={shards}", "name=a", "epochs=1")
+    return folder
+
+
+@pytest.fixture
+def finished_run(_trained: Path, run: Program) -> Path:
+    """outputs/a in the folder of the test, with results/: what `train_tiny("name=a", "epochs=1")` leaves there."""
+    shutil.copytree(_trained, Path(), dirs_exist_ok=True)
+    return Path("outputs/a")
+
+
+@pytest.fixture
+def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends with its training, for tests of what it wrote by then."""
+    monkeypatch.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a run are copies of this process instead of new ones, which would import everything first."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    monkeypatch.setattr("repghost.processes.LaunchConfig", partial(LaunchConfig, start_method="fork"))
 
 
 @pytest.fixture

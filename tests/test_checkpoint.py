@@ -80,6 +80,7 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_the_checkpoint_before(tmp_path:
     assert equal(read_checkpoint(path), content(2))
 
 
+@pytest.mark.usefixtures("no_evaluation")
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(
     train_tiny: Program, capsys: pytest.CaptureFixture[str], background: str
@@ -258,11 +259,12 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, saved: Any) -> None:
         AtomicCheckpointIO().load_checkpoint(tmp_path / LAST)
 
 
-def test_the_checkpoint_of_another_run_is_refused(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
+def test_the_checkpoint_of_another_run_is_refused(
+    finished_run: Path, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, wrong in (("wide", "width=0.2"), ("large", "batch_size=16")):
         Path(f"outputs/{name}/checkpoints").mkdir(parents=True)
-        os.link("outputs/a/checkpoints/last.ckpt", f"outputs/{name}/checkpoints/last.ckpt")
+        os.link(finished_run / "checkpoints/last.ckpt", f"outputs/{name}/checkpoints/last.ckpt")
         capsys.readouterr()
         assert train_tiny(f"name={name}", "epochs=1", wrong) == 2
         line = capsys.readouterr().err.strip()

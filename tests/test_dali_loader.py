@@ -401,6 +401,7 @@ def test_on_a_gpu_batches_are_close_to_the_torch_loaders(kind: str, index: Index
         assert_same([mine[1:]], [theirs[1:]])  # type: ignore[list-item]
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_auto_takes_dali_and_the_run_is_the_same(
     train_tiny: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

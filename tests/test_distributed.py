@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from repghost.errors import UserError
 from repghost.lost_ranks import lost_ranks
 from repghost.ranks import choose_devices
 
+Program = Callable[..., int]
 ROOT = Path(__file__).parents[1]
 
 
-def launch(folder: Path, program: str, *arguments: str, ranks: int = 2) -> str:
-    """Runs a program under torchrun, checks that it ended well, returns what it printed."""
+def launch(folder: Path, program: str, *arguments: str, ranks: int = 2) -> None:
+    """Runs a program under torchrun, checks that it ended well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -29,23 +31,23 @@ def launch(folder: Path, program: str, *arguments: str, ranks: int = 2) -> str:
         cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
-def test_two_ranks_train_validate_and_evaluate(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_ranks")
+def test_two_ranks_train_validate_and_evaluate(
+    train_tiny: Program, evaluate_with: Program, capfd: pytest.CaptureFixture[str]
+) -> None:
     # 15 validation images in batches of 4 on 2 ranks: the last batch is half empty on one and nearly on the other.
-    printed = launch(
-        tmp_path, "train.py", *TINY, f"data.root={shards}", "trainer.devices=2", "data.eval_batch_size=4", "name=two"
-    )
-    assert printed.count("epoch   1/2") == 1, "one rank prints"
-    run = tmp_path / "outputs" / "two"
+    assert train_tiny("trainer.devices=2", "data.eval_batch_size=4", "name=two") == 0
+    assert capfd.readouterr().out.count("epoch   1/2") == 1, "one rank prints"
+    run = Path("outputs/two")
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["images"] == 15
     with open(run / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
     assert evaluation["top1"] == float(metrics[-1]["ema_top1"])
 
-    launch(tmp_path, "evaluate.py", f"run={run}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=5")
+    assert evaluate_with(f"run={run}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=5") == 0
     again = json.loads((run / "evaluation.json").read_text())
     assert again["images"] == 15 and again["top1"] == evaluation["top1"]
     assert again["loss"] == pytest.approx(evaluation["loss"], rel=1e-4), "batches of another size round otherwise"

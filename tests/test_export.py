@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from repghost.export import __main__ as export
 from repghost.export import check as export_check
 from repghost.export.formats import Preprocess
 from repghost.export.options import FORMATS as ALL_FORMATS
-from repghost.export.runtimes import open_exported
+from repghost.export.runtimes import open_exported, open_torchscript
 from repghost.images import Preprocessing, sample_images
 from repghost.model import WIDTHS
 from repghost.reference import timm_name
@@ -37,11 +38,19 @@ Program = Callable[..., int]
 NETWORK_FORMATS = ("onnx", "executorch", "torchscript", "coreml", "safetensors")
 
 
+@pytest.fixture(scope="module")
+def saved_half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    path = tmp_path_factory.mktemp("half") / "w.safetensors"
+    return random_network(0.5, 10, path), path
+
+
 @pytest.fixture
-def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def half(saved_half: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A network of width 0.5 with 10 classes, saved in training form as w.safetensors in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return random_network(0.5, 10, tmp_path / "w.safetensors")
+    model, path = saved_half
+    shutil.copy(path, tmp_path)
+    return model
 
 
 def command(*arguments: str) -> int:
@@ -119,10 +128,12 @@ def test_safetensors_are_the_fused_weights_of_a_run(train_tiny: Program) -> None
 def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
     mean, std = (0.1, 0.5, 0.9), (0.5, 0.25, 0.75)
     model = make_run(tmp_path, mean=list(mean), std=list(std))
-    assert command(f"run={tmp_path}", "format=onnx", "preprocess=true") == 0
-    photograph, session = sample_images(1)[0], InferenceSession(tmp_path / "fused.onnx")
+    photograph = sample_images(1)[0]
+    size = f"input_size={photograph.height}x{photograph.width}"
+    assert command(f"run={tmp_path}", "format=torchscript", "preprocess=true", size) == 0
+    deployed = open_torchscript(tmp_path / "fused.pt")
     expected = model(Preprocessing(32, 1.0, mean, std).transform()(photograph)[None]).numpy()
-    found = session.run(["logits"], {"image": pixels(photograph)})[0]
+    found = deployed(torch.tensor(pixels(photograph))).numpy()
     other = model(Preprocessing(32, 1.0).transform()(photograph)[None]).numpy()
     assert np.abs(found - expected).max() < 0.1 * np.abs(other - expected).max()
     assert command(f"run={tmp_path}", "format=onnx") == 0

@@ -599,14 +599,19 @@ def test_a_process_ends_though_its_workers_ignore_signals(shards: Path, tmp_path
     """Something, usually the traceback of an error, still holds the iterator when the process ends."""
     script = """
 import sys
-from pathlib import Path
-from test_faults import TorchLoader, load_index, training
-held = iter(training(TorchLoader, load_index(sys.argv[1], "train", sys.argv[2]), skip_bad=0, rows=1, workers=1))
+from data.crops import CenterCrops
+from data.index import load_index
+from data.reader import LoaderOptions
+from data.sampling import RankSampler
+from data.torch_loader import TorchLoader
+index = load_index(sys.argv[1], "train", sys.argv[2])
+crops = CenterCrops(index, RankSampler(len(index), 1, drop_last=False), 32, crop_fraction=0.875)
+held = iter(TorchLoader(crops, LoaderOptions(workers=1, prefetch=2)))
 next(held)
 sys.exit(3)
 """
     command = [sys.executable, "-c", script, str(shards), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, timeout=SECONDS, capture_output=True, text=True)
     assert done.returncode == 3 and "Error" not in done.stderr, done.stderr
 

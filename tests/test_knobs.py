@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
@@ -60,6 +61,10 @@ CONTEXTS = {
     "recipe.augment.rand_augment": WIDE,
     "recipe.ema_decay": ("recipe.ema_span=null", "recipe.ema_decay=0.5"),
     "freeze_epochs": ("weights={last}",),
+    # The first epoch is the warm-up, with the rate that it starts at.
+    "recipe.learning_rate": ("epochs=2",),
+    "recipe.final_learning_rate": ("epochs=2",),
+    "recipe.warmup_epochs": ("epochs=2",),
 }
 VALUES = {
     "image_size": "64",
@@ -112,8 +117,8 @@ def of_dali(option: str) -> Callable[[Built], Any]:
     """What the DALI loader is given: tests/test_dali_loader.py shows what it does with it."""
 
     def given(built: Built) -> Any:
-        built.data.loader = "dali"
-        return getattr(loader(built).options, option)
+        with mock.patch.object(built.data, "loader", "dali"):
+            return getattr(loader(built).options, option)
 
     return given
 
@@ -169,8 +174,7 @@ def logged(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
             folder = tmp_path_factory.mktemp("knobs")
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr("repghost.evaluation.evaluate.evaluate_run", lambda *_: None)
-                patched.setattr("repghost.training.loggers.draw_curve", lambda *_: None)
-                train_in(folder, f"data.root={shards}", "name=x", *arguments)
+                train_in(folder, f"data.root={shards}", "name=x", "epochs=1", *arguments)
             done[arguments] = folder / "outputs/x/metrics.csv"
         return done[arguments]
 
@@ -217,19 +221,31 @@ def build(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def defaults() -> dict[str, Any]:
+    """What tests have seen without a key of theirs, by key."""
+    return {}
+
+
 @pytest.mark.parametrize("key", [pytest.param(key, marks=needs_dali if key in DALI_ONLY else ()) for key in BUILT])
-def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built]) -> None:
+def test_a_key_changes_what_is_built(key: str, build: Callable[..., Built], defaults: dict[str, Any]) -> None:
+    if key not in defaults:
+        built = build()
+        defaults |= {k: BUILT[k][1](built) for k in (DALI_ONLY if key in DALI_ONLY else BUILT.keys() - DALI_ONLY)}
     value, observed = BUILT[key]
-    before = observed(build())
-    assert observed(build(f"{key}={value}")) != before
+    assert observed(build(f"{key}={value}")) != defaults[key]
 
 
-def test_files_are_where_keys_say(train_tiny: Program) -> None:
+def test_the_embedded_digits_train_and_files_are_where_keys_say(
+    train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = [option for option, _ in FILES.values()]
     assert train_tiny("data=digits", "epochs=1", "batch_size=64", "data.eval_batch_size=512", *options) == 0
+    assert "10 classes" in capsys.readouterr().out
     assert [file for _, file in FILES.values() if not list(Path().glob(file))] == []
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_the_curve_is_drawn_as_often_as_said(train_tiny: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     from repghost.training import loggers
 
@@ -288,9 +304,10 @@ def loss(evaluate_with: Program, shards: Path, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.mark.parametrize("key", sorted(EVALUATE.keys() - EVALUATE_REFUSED.keys() - AS_IN_TRAINING - {"results"}))
-def test_a_key_changes_the_evaluation(key: str, loss: Callable[..., tuple[int, str]]) -> None:
+def test_a_key_changes_the_evaluation(key: str, loss: Callable[..., tuple[int, str]], defaults: dict[str, Any]) -> None:
     value = EVALUATE_VALUES.get(key) or another(key, EVALUATE[key])
-    first, second = loss(), loss(f"{key}={value}")
+    first = defaults.get("loss") or defaults.setdefault("loss", loss())
+    second = loss(f"{key}={value}")
     assert first[0] == second[0] == 0 and first[1] != second[1]
 
 

@@ -250,7 +250,7 @@ def shares(rank: int, store: Path) -> list[int]:
 
 
 def test_the_ranks_of_a_machine_share_its_cores(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:  # new processes would import everything first
         assert list(pool.map(shares, range(2), [tmp_path / "store"] * 2)) == [[3, 2, 1, 3, 3, 2]] * 2
 
 
@@ -308,6 +308,7 @@ def test_the_time_until_batches_arrive_is_counted(monkeypatch: pytest.MonkeyPatc
     assert loader.seconds_waited == 1 + 2 + 3 + 4
 
 
+@pytest.mark.usefixtures("no_evaluation")
 @pytest.mark.parametrize("quota", [1, 2])
 def test_workers_and_threads_are_as_many_as_cores(
     quota: int, train_tiny: Callable[..., int], monkeypatch: pytest.MonkeyPatch

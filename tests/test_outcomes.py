@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import train_in
+from conftest import take_shortcuts, train_in
 from helpers import time_limit
 from images import encoded, make_class_folders, make_images, patch
 from outcomes import REFUSED, SLOW, WORKS
@@ -131,6 +131,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def outcome(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     """Runs a program in this process, in an empty folder, and returns what came of it."""
+    take_shortcuts(monkeypatch)
     known = places | {"out": str(tmp_path / "out"), "new": str(tmp_path / "new"), "cache": str(tmp_path / "cache")}
 
     def filled(text: str, escape: bool = False) -> str:

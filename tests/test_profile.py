@@ -15,11 +15,11 @@ from repghost.training.profiler import CLOCKED, SKIPPED, STAGES, StepProfiler
 Program = Callable[..., int]
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_a_profile_adds_up_opens_and_changes_nothing(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("batch_size=4", "epochs=2")  # 22 steps of two epochs: a validation is between the clocked ones
     assert train_tiny(*options) == 0
     (plain,) = Path("outputs").iterdir()
-    (plain / "evaluation.json").unlink()
     assert train_tiny("profile=true", *options) == 0  # the same run, which may change in this
     assert train_tiny("name=seen", "profile=true", *options) == 0
     seen = Path("outputs/seen")

@@ -34,7 +34,7 @@ def test_ten_steps_equal_timm_s(dtype: torch.dtype, tolerance: float) -> None:
     theirs = timm.create_model("repghostnet_050", num_classes=10, drop_rate=0.0).to(dtype)
     theirs.load_state_dict(mine.state_dict())
     initial = mine.classifier.weight.detach().clone()
-    batches = [(torch.randn(16, 3, 64, 64, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
+    batches = [(torch.randn(16, 3, 32, 32, dtype=dtype), torch.randint(10, (16,))) for _ in range(10)]
 
     classifier = classifier_of(mine, ema_decay=0.9, learning_rate=2e-3)
     optimizer = classifier.configure_optimizers()
@@ -111,6 +111,7 @@ def test_the_curve_is_drawn_with_and_without_the_official_one(tmp_path: Path) ->
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("repghost.reference.reference_curve", lambda width, *_: reference_curve(1.0, EPOCHS, IMAGENET))
     assert train_tiny("name=x", "logger=tensorboard") == 0
@@ -119,6 +120,7 @@ def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.Mo
     assert "every epoch is compared with the official run" in printed
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_other_data_have_no_official_run(train_tiny: Program, capsys: Any) -> None:
     assert train_tiny("epochs=1") == 0
     printed = capsys.readouterr().out
@@ -148,6 +150,7 @@ def test_the_last_good_checkpoint_survives(train_tiny: Program, monkeypatch: pyt
     assert saved["global_step"] == 5 and all(t.isfinite().all() for t in saved["state_dict"].values())
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_deterministic_and_channels_last_do_not_change_the_data(
     train_tiny: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,14 +172,14 @@ def test_deterministic_and_channels_last_do_not_change_the_data(
     assert not torch.are_deterministic_algorithms_enabled() or torch.use_deterministic_algorithms(False) is None
 
 
-def test_finetune_starts_from_weights_and_freezes_the_backbone(train_tiny: Program, shards: Path) -> None:
-    assert train_tiny("name=first") == 0
-    weights = Path("outputs/first/model.safetensors")
+@pytest.mark.usefixtures("no_evaluation")
+def test_finetune_starts_from_weights_and_freezes_the_backbone(finished_run: Path, train_tiny: Program) -> None:
+    weights = finished_run / "model.safetensors"
     options = ["recipe=finetune", f"weights={weights}", "recipe.ema_span=null", "recipe.ema_decay=0"]
     assert train_tiny("name=frozen", *options, "epochs=1", "freeze_epochs=1") == 0
     assert train_tiny("name=free", *options, "epochs=1", "freeze_epochs=0") == 0
     before, frozen, free = (
-        torch.load(f"outputs/{n}/checkpoints/last.ckpt", weights_only=True)["ema"] for n in ("first", "frozen", "free")
+        torch.load(f"outputs/{n}/checkpoints/last.ckpt", weights_only=True)["ema"] for n in ("a", "frozen", "free")
     )
     backbone = [name for name in before if not name.startswith("classifier") and "num_batches" not in name]
     assert all(torch.equal(before[name], frozen[name]) for name in backbone)

@@ -76,9 +76,10 @@ def test_an_interrupted_run_that_was_evaluated_goes_on(
     assert [row[:2] for row in rows()] == expected
 
 
-def test_a_run_that_died_before_its_own_evaluation_is_completed(train_tiny: Program, evaluate_with: Program) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
-    run = Path("outputs/a")
+def test_a_run_that_died_before_its_own_evaluation_is_completed(
+    finished_run: Path, train_tiny: Program, evaluate_with: Program
+) -> None:
+    run = finished_run
     written = ("evaluation.json", "evaluation_best_ema.json", "model.safetensors", "model_fused.safetensors")
     before = {name: (run / name).read_bytes() for name in written}
     for name in written:
@@ -92,10 +93,9 @@ def test_a_run_that_died_before_its_own_evaluation_is_completed(train_tiny: Prog
 
 
 def test_runs_of_earlier_versions_count_as_finished(
-    train_tiny: Program, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, train_tiny: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
-    run = Path("outputs/a")
+    run = finished_run
     (run / "data.json").unlink()
     evaluation = json.loads((run / "evaluation.json").read_text())
     for key in ("epoch", "changes", "scored"):
@@ -142,10 +142,9 @@ def test_other_images_in_a_folder_of_the_same_name_are_another_run(
 
 
 def test_an_evaluation_with_other_images_or_values_stands_beside_the_runs_own(
-    train_tiny: Program, evaluate_with: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, train_tiny: Program, evaluate_with: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
-    run = Path("outputs/a")
+    run = finished_run
     own = evaluations(run)
     for number in (1, 2):
         images = make_images(tmp_path / f"images{number}", train=3, val=3 * number)
@@ -181,10 +180,9 @@ def test_an_evaluation_with_other_images_or_values_stands_beside_the_runs_own(
 
 
 def test_a_data_set_is_scored_by_the_names_of_its_classes(
-    train_tiny: Program, evaluate_with: Program, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, evaluate_with: Program, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
-    own = json.loads(Path("outputs/a/evaluation.json").read_text())
+    own = json.loads(Path(finished_run, "evaluation.json").read_text())
     common = ("run=outputs/a", "trainer=cpu", "data.workers=0", f"data.cache={tmp_path / 'cache'}")
     every = {"cat", "dog", "owl"}
 

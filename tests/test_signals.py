@@ -183,8 +183,8 @@ def test_a_mistake_that_every_rank_finds_is_said_once(process: StartTrain) -> No
     assert running.said.count("error: ") == 1 and "nowhere" in running.said.splitlines()[-1]
 
 
-def test_the_cause_is_shown_last(process: StartTrain, shards: Path, tmp_path: Path) -> None:
-    """A validation image of rank 1 is damaged; rank 0 only finds that it is alone."""
+def damaged_for_rank_1(shards: Path, tmp_path: Path) -> tuple[list[str], str]:
+    """The keys of a run in whose validation rank 1 finds a damaged image, and the name of that."""
     shutil.copytree(shards, tmp_path / "damaged")
     index = load_index(tmp_path / "damaged", "val", tmp_path / "cache")
     sample = index.samples[5]  # in batches of 4, rank 1 has 4 to 7
@@ -192,7 +192,24 @@ def test_the_cause_is_shown_last(process: StartTrain, shards: Path, tmp_path: Pa
     data = bytearray(path.read_bytes())
     data[int(sample["offset"]) + int(sample["size"]) // 2] ^= 1
     path.write_bytes(data)
-    running = process(f"data.root={tmp_path / 'damaged'}", "trainer.devices=2", "data.eval_batch_size=4", "name=a")
+    return [f"data.root={tmp_path / 'damaged'}", "trainer.devices=2", "data.eval_batch_size=4"], index.name(5)
+
+
+@pytest.mark.usefixtures("forked_ranks")
+def test_the_cause_is_shown_last(
+    shards: Path, tmp_path: Path, train_tiny: Program, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 only finds that it is alone."""
+    keys, name = damaged_for_rank_1(shards, tmp_path)
+    assert train_tiny(*keys) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and name in last
+
+
+@pytest.mark.slow
+def test_the_cause_is_shown_last_by_new_processes(process: StartTrain, shards: Path, tmp_path: Path) -> None:
+    keys, name = damaged_for_rank_1(shards, tmp_path)
+    running = process(*keys)
     assert running.ends() == 2
     last = running.said.splitlines()[-1]
-    assert last.startswith("error: ") and index.name(5) in last, running.said
+    assert last.startswith("error: ") and name in last, running.said

@@ -45,6 +45,23 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+# -- the repository ----------------------------------------------------------------------------------------------------
+
+TOP_LEVEL = {
+    "train.py", "evaluate.py", "repghost", "data", "conf", "tests", "benchmarks", "results", "docs",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE",
+    "pyproject.toml", "pins.txt", "requirements.lock", "Makefile", "Dockerfile", ".ci", ".dockerignore", ".gitignore",
+}  # fmt: skip
+
+
+def test_the_repository_holds_nothing_that_a_program_left() -> None:
+    """A run's folder, for example, which output=5 once put beside the sources."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.partition("/")[0] for name in listed.split("\0") if name} <= TOP_LEVEL
+
+
 # -- size --------------------------------------------------------------------------------------------------------------
 
 

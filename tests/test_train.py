@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from images import make_class_folders, make_images
+from PIL import Image
 from runs import PowerCut, cut_after
 
 from data.write_shards.write import write_folder
@@ -30,6 +31,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.usefixtures("no_shortcuts")
 def test_one_command_trains_averages_fuses_and_evaluates(
     train_tiny: Program, evaluate_with: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +40,8 @@ def test_one_command_trains_averages_fuses_and_evaluates(
     assert "45 training and 15 validation images in 3 classes" in printed
     (directory,) = Path("outputs").iterdir()
     assert {path.name for path in directory.iterdir()} >= FILES
+    with Image.open(directory / "curve.png") as curve:
+        assert curve.width > 1000
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {
         "last.ckpt", "previous.ckpt", "best_raw.ckpt", "best_ema.ckpt",
     }  # fmt: skip
@@ -96,6 +100,7 @@ def test_a_run_that_was_cut_is_resumed_to_the_same_bits(train_tiny: Program, mon
         assert torch.equal(x["momentum_buffer"], y["momentum_buffer"])
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_accumulated_batches_see_the_same_images(train_tiny: Program) -> None:
     assert train_tiny("name=whole", "recipe.augment.erase=null") == 0
     assert train_tiny("name=parts", "recipe.augment.erase=null", "accumulate=2") == 0
@@ -103,6 +108,7 @@ def test_accumulated_batches_see_the_same_images(train_tiny: Program) -> None:
     assert steps[0]["global_step"] == steps[1]["global_step"] == 10
 
 
+@pytest.mark.usefixtures("no_evaluation")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train(train_tiny: Program, precision: str) -> None:
     assert train_tiny(f"precision={precision}", "epochs=1") == (0 if precision == "bf16" else 2)
@@ -121,19 +127,12 @@ def test_loggers_write_beside_metrics_csv(train_tiny: Program, monkeypatch: pyte
 
 
 def test_folders_of_grey_images_need_no_code(train_tiny: Program, tmp_path: Path) -> None:
-    from PIL import Image
-
     source = make_images(tmp_path / "grey", ("0", "1"), train=12, val=4)
     for path in source.rglob("*.*"):
         with Image.open(path) as image:
             image.convert("L").resize((28, 28)).save(path)
     write_folder(source, tmp_path / "shards", workers=1, quiet=True)
     assert train_tiny(f"data.root={tmp_path / 'shards'}") == 0
-
-
-def test_the_embedded_digits_train(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("data=digits", "data.cache=cache", "epochs=1", "batch_size=64", "data.eval_batch_size=100") == 0
-    assert "10 classes" in capsys.readouterr().out
 
 
 MISTAKES = [
@@ -204,17 +203,18 @@ def test_a_shard_cut_in_half(
     assert "train-000001.tar" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("finished_run")
 def test_another_recipe_in_the_same_folder(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
     assert train_tiny("name=a", "epochs=2") == 2
     assert "epochs=1" in capsys.readouterr().err
     assert train_tiny("name=a", "epochs=1", "recipe.momentum=0.8") == 2
     assert "momentum" in capsys.readouterr().err
 
 
-def test_a_run_of_an_earlier_version_is_the_same_run(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_tiny("name=a", "epochs=1") == 0
-    file = Path("outputs/a/config.yaml")
+def test_a_run_of_an_earlier_version_is_the_same_run(
+    finished_run: Path, train_tiny: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = finished_run / "config.yaml"
     config = yaml.safe_load(file.read_text())
     config["classifier"] |= {"_target_": "repghost.classifier.ImageClassifier", "learning_rate": 7.0}
     config["trainer"] |= {"_target_": "repghost.trainer.make_trainer", "log_every_n_steps": 50}
@@ -247,6 +247,7 @@ def test_an_evaluation_takes_the_normalization_of_the_run(
     assert other != pytest.approx(trained, rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_a_mistake_leaves_no_run_behind(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny("name=a", "epochs=1", "batch_size=9", "accumulate=2") == 2
     assert "batch_size=9" in capsys.readouterr().err
@@ -268,6 +269,7 @@ def test_weights_that_are_none(evaluate_with: Program, shards: Path, capsys: pyt
     assert read_weights("seven.ckpt")["classifier.weight"].shape[0] == 7
 
 
+@pytest.mark.usefixtures("no_evaluation")
 def test_a_run_says_when_it_will_be_finished(
     train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
