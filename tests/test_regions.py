@@ -1,10 +1,12 @@
 """A JPEG is cut without decoding it, and what is left has the pixels of the whole, for every window and sampling."""
 
 import io
+import os
 import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from webdataset import TarWriter
 
-from data.reader import decode
+from data.crops import CenterCrops, RandomCrops
+from data.dali_loader import DaliLoader, dali_installed
+from data.index import Index, load_index
+from data.reader import LoaderOptions, ShardReader, decode
 from data.regions import REGION, Changed, Regions, describe
+from data.sampling import RankSampler
 from data.tars import SAMPLE
+from data.torch_loader import TorchLoader
+from repghost.dataset import Batch
 from repghost.errors import UserError
 
 SAMPLINGS = {"4:4:4": "1x1", "4:2:2": "2x1", "4:2:0": "2x2", "4:4:0": "1x2", "4:1:1": "4x1", "grey": "1x1"}
@@ -253,3 +262,74 @@ def test_regions_that_do_not_fit_their_index_are_refused(change: str, tmp_path: 
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match=r"rows\.npy"):
         Regions(str(path), str(tmp_path / "segments.npy")).require(samples)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """A shard whose images can be cut, most of them."""
+    folder = tmp_path_factory.mktemp("shards")
+    sizes = [(375, 500), (500, 375), (64, 96), (41, 300), (300, 41), (1, 1), (9, 17), (224, 224)]
+    files = [jpeg(h, w, s) for (h, w), s in zip(sizes, OF_PIL * 2, strict=True)]
+    files += [jpeg(120, 90, interval=5), jpeg(120, 90, progressive=True), stays_whole()["PNG"]()]
+    with TarWriter(str(folder / "train.tar"), encoder=False) as tar:
+        for label, content in enumerate(files):
+            extension = "png" if content.startswith(b"\x89PNG") else "jpg"
+            tar.write({"__key__": f"image{label}", extension: content, "cls": b"%d" % label})
+    plain = load_index(folder, "train", folder)
+    index = replace(plain, regions=regions_of(folder, *files))
+    assert (index.regions.rows["interval"] > 0).sum() == 8
+    return index
+
+
+LOADERS = {
+    "torch": lambda crops: TorchLoader(crops, LoaderOptions(workers=0, prefetch=2)),
+    "torch, workers": lambda crops: TorchLoader(crops, LoaderOptions(workers=2, prefetch=2)),
+    "dali": lambda crops: DaliLoader(crops, LoaderOptions(workers=2, prefetch=1)),
+    "dali, readers": lambda crops: DaliLoader(crops, LoaderOptions(workers=1, prefetch=1, readers=1)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_are_those_of_files_that_are_decoded_whole(loader: str, training: bool, index: Index) -> None:
+    if loader.startswith("dali") and not dali_installed():
+        pytest.skip("nvidia-dali is made for Linux on x86-64")
+
+    def batches(index: Index, made: Callable[[Any], Any]) -> list[Batch]:
+        sampler = RankSampler(len(index), 4, drop_last=training)
+        crops = RandomCrops(index, sampler, 64, 3, (0.08, 1.0), (3 / 4, 4 / 3))
+        found = made(crops if training else CenterCrops(index, sampler, 64, 0.875))
+        return [batch for _ in range(2) for batch in found]
+
+    whole, cut = batches(replace(index, regions=None), LOADERS["torch"]), batches(index, LOADERS[loader])
+    assert len(whole) == len(cut) == (4 if training else 6)
+    for one, other in zip(whole, cut, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_less_is_read_of_a_file_that_is_cut(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        read.append(size)
+        return before(file, size, offset)
+
+    before = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    crops = RandomCrops(index, RankSampler(len(index), len(index)), 64, 0, (0.08, 0.3), (3 / 4, 4 / 3))(0, 0)
+    ShardReader(index).load(crops, lambda *_: None, None)
+    assert sum(read) < 0.8 * index.samples["size"].sum()
+
+
+def test_a_changed_file_is_one_bad_image(index: Index, tmp_path: Path) -> None:
+    shard = Path(index.shards[0])
+    copy = tmp_path / shard.name
+    content = bytearray(shard.read_bytes())
+    first = index.samples[0]
+    content[int(first["offset"]) + int(first["size"]) // 2] ^= 1
+    copy.write_bytes(content)
+    changed = replace(index, shards=(str(copy),))
+    crops = CenterCrops(changed, RankSampler(len(index), len(index)), 64, 0.875)(0, 0)
+    _, labels, errors = ShardReader(changed).load(crops, lambda *_: None, None)
+    assert labels.tolist() == [-1, *range(1, len(index))]
+    assert errors == ["train.tar: image0.jpg: its bytes changed since it was indexed (checksum differs)"]
