@@ -28,7 +28,7 @@ CLASSES = {
     "retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "ssdlite": SSD, "fcos": FCOS
 }  # fmt: skip
 SMALL = {
-    "width": 0.1, "channels": 32, "candidates": 50, "detections": 20, "norm": "trained", "trainable_layers": 5,
+    "width": 0.1, "channels": 64, "candidates": 50, "detections": 20, "norm": "trained", "trainable_layers": 5,
     "score_threshold": 0.0,
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ def conf(name: str) -> dict[str, Any]:
     """The node `detector` with the values of conf/detector."""
     found = OmegaConf.load(CONF / f"{name}.yaml")
     for parent in [entry for entry in found.pop("defaults", []) if entry != "_self_"]:
-        found = OmegaConf.merge(conf(parent), found)
+        found = OmegaConf.merge(conf(parent.partition("@")[0]), found.get("detector", found))
     return OmegaConf.to_container(found)  # type: ignore[return-value]
 
 
@@ -236,6 +236,7 @@ def test_synchronized() -> None:
         ({"norm": "group"}, "norm=group"),
         ({"trainable_layers": 6}, "trainable_layers=6"),
         ({"name": "fcos", "channels": 48}, "detector.channels=48"),
+        ({"name": "fcos", "channels": 32}, "detector.channels=32: fcos takes multiples of 32 from 64 on"),
         ({"width": -1}, "width=-1"),
     ],
 )

@@ -100,8 +100,10 @@ def _require_possible(
         raise UserError(f"detector.image_size={[*image_size]}: {name} takes {' or '.join(map(str, counts))} number(s)")
     if len(anchor_sizes) != sizes:
         raise UserError(f"detector.anchor_sizes={[*anchor_sizes]}: {name} takes {sizes} numbers")
-    if name == "fcos" and channels % _FCOS_GROUPS:
-        raise UserError(f"detector.channels={channels}: fcos takes multiples of {_FCOS_GROUPS}")
+    if name == "fcos" and (channels % _FCOS_GROUPS or channels == _FCOS_GROUPS):  # which fails on a map of one pixel
+        raise UserError(
+            f"detector.channels={channels}: fcos takes multiples of {_FCOS_GROUPS} from {2 * _FCOS_GROUPS} on"
+        )
 
 
 def _ssdlite(
