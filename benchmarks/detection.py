@@ -39,6 +39,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -148,8 +149,7 @@ def reference_evaluation(model: Any, source: Path, device: torch.device, workers
         with torch.inference_mode():
             outputs = model([picture.to(device) for picture in pictures])
         for target, output in zip(targets, outputs, strict=True):
-            boxes = output["boxes"].cpu()
-            boxes[:, 2:] -= boxes[:, :2]
+            boxes = box_convert(output["boxes"].cpu(), "xyxy", "xywh")
             columns = (output["labels"].tolist(), output["scores"].tolist(), boxes.tolist())
             results += [
                 {"image_id": target["image_id"], "category_id": categories[label - 1], "score": score, "bbox": box}
