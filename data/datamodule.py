@@ -27,7 +27,7 @@ from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError, print_rank_zero
 from repghost.machine import cpus_per_rank
-from repghost.training.classifier import step_seed
+from repghost.training.module import step_seed
 
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "show": ("train",)}  # of Lightning's stages and data.show
 

@@ -54,7 +54,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                     return run_task(sweeps[0], config)  # type: ignore[return-value]  # a text where it failed
                 if code := run_command(sweeps[0].run_job):  # Hydra would go on with the next job
                     sys.exit(code)
-                return sweeps[0].top1
+                return sweeps[0].objective
 
             def compose_and_run() -> int:
                 flags, overrides, sweeping = read_command_line(config_name, sys.argv[1:])
