@@ -17,11 +17,12 @@ _COLUMN = 40  # where sentences begin
 
 def help_text(program: str, description: str, conf: Path) -> str:
     """description: of the program, with examples. conf: the folder of its configs."""
+    command = program.partition("_")[0]
     return "\n".join(
         [
-            f"usage: python {program}.py [KEY=VALUE ...]",
-            f"       python {program}.py -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
-            f"       python {program}.py --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
+            f"usage: python {command}.py [KEY=VALUE ...]",
+            f"       python {command}.py -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
+            f"       python {command}.py --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
             f"\n{description}",
             "\nGroups of values, in conf/GROUP/CHOICE.yaml:",
             *_group_rows(program, conf),
@@ -38,11 +39,18 @@ def _group_rows(program: str, conf: Path) -> Iterator[str]:
     for group in sorted(chosen.keys() & keys(program).keys()):
         for file in sorted((conf / group).glob("*.yaml")):
             text = file.read_text()
-            if "\ntest_set:" in text and "test_set" not in keys(program):
+            if not is_meant_for(program, group, text):
                 continue
             comments = [line for line in text.splitlines() if line.startswith("# ") and "@" not in line]
             by_default = " (default)" if file.stem == chosen[group] else ""
             yield f"  {f'{group}={file.stem}':<{_COLUMN}}  {comments[0].removeprefix('# ')}{by_default}"
+
+
+def is_meant_for(program: str, group: str, choice: str) -> bool:
+    """Whether a choice of a group, the text of its file, is for the command and the task of `program`."""
+    if "\ntest_set:" in choice and "test_set" not in keys(program):
+        return False
+    return group not in ("data", "recipe") or ("\ntask: detection" in choice) == program.endswith("_detection")
 
 
 def key_rows(program: str, conf: Path) -> Iterator[str]:
