@@ -80,6 +80,10 @@ class ImageNetData(DataModule):
             patterns = {"train": self.train, "val": self.val}
             root = self._local_shards(missing)
             self._indexes |= load_indexes(root, missing, self.cache, patterns, self.class_names)
+            if any(index.category_ids for index in self._indexes.values()):
+                raise UserError(
+                    f"{root}: shards for detection, whose images have no labels: give task=detection data=coco"
+                )
             allow_open_files(sum(len(index.shards) for index in self._indexes.values()))
 
     def _local_shards(self, splits: Sequence[str]) -> Path:

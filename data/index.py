@@ -50,6 +50,7 @@ class Index:
     shards: tuple[str, ...]
     samples: np.ndarray
     classes: tuple[str, ...]
+    category_ids: tuple[int, ...] = ()  # COCO's id of each class, where the split is for detection; labels are -1 then
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -125,10 +126,11 @@ def load_indexes(
         classes = manifest["classes"]
     else:
         classes = numbered_classes(np.concatenate([samples["label"] for _, samples in found.values()]), root)
-    indexes = {split: Index(split, *found[split], tuple(classes)) for split in splits}
+    category_ids = tuple(manifest.get("category_ids", ())) if manifest else ()
+    indexes = {split: Index(split, *found[split], tuple(classes), category_ids) for split in splits}
     for index in indexes.values():
         labels = index.samples["label"]
-        wrong = (labels < 0) | (labels >= len(classes))
+        wrong = labels != -1 if category_ids else (labels < 0) | (labels >= len(classes))
         if wrong.any():
             i = int(wrong.argmax())
             raise UserError(f"{index.name(i)}: label {labels[i]}, but there are {len(classes)} class names")

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.shards import MANIFEST_BYTES, parse_manifest, split_entry
+from data.shards import MANIFEST_BYTES, array_files, parse_manifest, split_entry
 from data.storage import ChecksumError, Limits, Storage
 from repghost.errors import UserError
 from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
@@ -55,7 +55,7 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     digest = hashlib.sha256(content).hexdigest()
     entries = [split_entry(manifest, split, where) for split in splits]
     files: list[File] = [{"file": "manifest.json", "sha256": digest}]
-    files += [file for entry in entries for file in (entry["index"], *entry["shards"])]
+    files += [file for entry in entries for file in (*array_files(entry), *entry["shards"])]
     if any("sha256" not in file for file in files):
         raise UserError(f"{where}: no checksums (sha256) of the shards: write the shards again")
     folder = Path(cache).expanduser() / "staged" / f"{remote.url.rpartition('/')[2] or 'shards'}-{digest[:16]}"

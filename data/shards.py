@@ -56,9 +56,11 @@ def parse_manifest(content: bytes, where: object) -> dict[str, Any]:
             raise ValueError(f"its format is {str(manifest['format'])[:20]}")
         _require(manifest, classes=list, splits=dict)
         _require_different(manifest["classes"])
+        _require_category_ids(manifest)
         for entry in manifest["splits"].values():
             _require(entry, index=dict, shards=list)
-            _require(entry["index"], file=str, sha256=str)
+            for array in array_files(entry):
+                _require(array, file=str, sha256=str)
             if not isinstance(entry.get("skipped", []), list):
                 raise TypeError("its skipped is no list")
             for shard in entry["shards"]:
@@ -89,6 +91,24 @@ def _require_different(names: Sequence[object]) -> None:
         raise ValueError(f"{name!r} is there {count} times")
 
 
+def _require_category_ids(manifest: dict[str, Any]) -> None:
+    """Ids that rise, one for each class, where the shards are for detection; their splits have a file of objects."""
+    if "category_ids" not in manifest:
+        return
+    _require(manifest, category_ids=list)
+    ids = manifest["category_ids"]
+    whole = all(type(i) is int and abs(i) < 2**63 for i in ids)
+    if not whole or ids != sorted(set(ids)) or len(ids) != len(manifest["classes"]):
+        raise ValueError("its category_ids are not whole numbers that rise, one for each class")
+    for entry in manifest["splits"].values():
+        _require(entry, objects=dict)
+
+
+def array_files(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files that lie beside the shards of a split: its objects, where it is for detection, and its index."""
+    return [entry[name] for name in ("objects", "index") if name in entry or name == "index"]
+
+
 def split_entry(manifest: dict[str, Any], split: str, where: object) -> dict[str, Any]:
     """What the manifest that was read from `where` says of one split."""
     if split not in manifest["splits"]:
@@ -99,14 +119,14 @@ def split_entry(manifest: dict[str, Any], split: str, where: object) -> dict[str
 def prepared_split(root: Path, manifest: dict[str, Any], split: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Shards and samples ([N] of SAMPLE) of a split, once the files are known to be those that the manifest lists."""
     entry = split_entry(manifest, split, root / MANIFEST)
-    for file in [*entry["shards"], entry["index"]]:
+    for file in [*entry["shards"], *array_files(entry)]:
         path = root / file["file"]
         if not path.is_file():
             raise UserError(f"{path}: missing or not a regular file, but the manifest lists it: copy it again")
         if "bytes" in file and (size := path.stat().st_size) != file["bytes"]:
             raise UserError(f"{path} has {size} bytes, the manifest says {file['bytes']}: copy it again")
-    if file_sha256(path) != entry["index"]["sha256"]:
-        raise UserError(f"{path}: not the file that manifest.json describes: copy both again")
+        if "bytes" not in file and file_sha256(path) != file["sha256"]:
+            raise UserError(f"{path}: not the file that manifest.json describes: copy both again")
     samples = read_rows(path, [shard["bytes"] for shard in entry["shards"]])
     _require_counts(entry, samples, manifest["classes"], path)
     return tuple(str(root / shard["file"]) for shard in entry["shards"]), samples

@@ -57,10 +57,26 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
     Every byte is read once for the checksum; of the images only the headers are parsed. One that cannot be opened has
     height and width 0. Members that are neither an image nor a label are ignored.
     """
+    images, labels = _scan(path, "cls", _label)
+    return np.array([(*row, labels[key]) for key, row in images.items()], SAMPLE), list(images)
+
+
+def scan_annotated(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """[n] and [n] of SAMPLE: the images of one tar as `scan_shard` tells them, and the .json member of each.
+
+    The label of all is -1; height and width of a .json member are 1.
+    """
+    images, records = _scan(path, "json", _locate)
+    rows = [[(*members[key], -1) for key in images] for members in (images, records)]
+    return np.array(rows[0], SAMPLE), np.array(rows[1], SAMPLE)
+
+
+def _scan(path: str, beside: str, read_beside: Callable[..., Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """By key, what `_describe` makes of the image members of a tar, and `read_beside` of those called KEY.`beside`."""
     images: dict[str, tuple[int, ...]] = {}
-    labels: dict[str, int] = {}
+    others: dict[str, Any] = {}
     kinds: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = dict.fromkeys(IMAGE_MEMBERS, (images, _describe))
-    kinds["cls"] = labels, _label
+    kinds[beside] = others, read_beside
     with open(path, "rb") as file:
         start, end = file.read(8), os.fstat(file.fileno()).st_size
         if start.startswith(_COMPRESSED):
@@ -91,16 +107,22 @@ def scan_shard(path: str) -> tuple[np.ndarray, list[str]]:
         except TAR_DAMAGE as error:
             reason = printable(str(error)) or type(error).__name__
             raise UserError(f"{path}: damaged or not a tar ({reason}): copy it again") from None
-    if lonely := min(images.keys() ^ labels.keys(), default=None):
-        what = "an image but no .cls" if lonely in images else f"a .cls but no image ({', '.join(IMAGE_MEMBERS)})"
+    if lonely := min(images.keys() ^ others.keys(), default=None):
+        kind = f".{beside}"
+        what = f"an image but no {kind}" if lonely in images else f"a {kind} but no image ({', '.join(IMAGE_MEMBERS)})"
         raise UserError(f"{path}: key {lonely} has {what}")
-    return np.array([(*row, labels[key]) for key, row in images.items()], SAMPLE), list(images)
+    return images, others
 
 
 def _label(path: str, member: tarfile.TarInfo, data: bytes) -> int:
     if not re.fullmatch(rb"\s*\+?[0-9]{1,9}\s*", data):
         raise UserError(f"{path}: {printable(member.name)} is {data[:20]!r}, not a class number (0, 1, 2 ...)")
     return int(data)
+
+
+def _locate(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...]:
+    """A row of SAMPLE without the label, for a member that is no image."""
+    return member.offset_data, 0, member.size, 1, 1, zlib.crc32(data)
 
 
 def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...]:

@@ -19,6 +19,15 @@ class Batch(NamedTuple):
     uniforms: Tensor  # float32 [N, K]: the random draws of each row
 
 
+class DetectionBatch(NamedTuple):
+    """N rows on one rank. A row of padding (the end of validation) has position -1, a black image and no objects."""
+
+    images: list[Tensor]  # [3, H, W] of any sizes, uint8 from a loader, float32 in [0, 1] on the device
+    targets: list[dict[str, Tensor]]  # boxes float32 [n, 4] (left, top, right, bottom in pixels), labels int64 [n] from
+    # 1 (0 is background), masks uint8 [n, H, W] where the detector has masks
+    positions: Tensor  # int64 [N]: index in the epoch; in validation, the row of the index
+
+
 class SplitIndex(Protocol):
     """The images of one split."""
 

@@ -7,6 +7,7 @@ Check: `pytest tests/test_write_shards.py`.
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data.coco import OBJECT, object_row
 from data.parallel import check_stop
-from data.tars import scan_shard
+from data.tars import SAMPLE, scan_annotated, scan_shard
 from data.write_shards.source import Entry
 from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256
@@ -25,6 +27,7 @@ from repghost.images import DecodeError, open_image, to_rgb
 
 # What is stored byte for byte, by PIL's name of the format. MPO is a JPEG with further pictures behind it.
 _EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+NOTHING = {"records": np.empty(0, SAMPLE), "ids": np.empty(0, np.int64), "objects": np.empty(0, OBJECT)}
 _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
 
 
@@ -53,7 +56,8 @@ class Task:
     def digest(self) -> str:
         """Hex digest of the images; a file that was replaced since has another size."""
         columns = [[getattr(entry, name) for entry in self.entries] for name in ("key", "label", "size")]
-        return hashlib.sha256(json.dumps(columns).encode()).hexdigest()
+        annotations = b"".join(entry.annotations for entry in self.entries)
+        return hashlib.sha256(json.dumps(columns).encode() + annotations).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Shard:
     sha256: str
     skipped: list[str]  # keys of images that do not decode
     converted: int  # images of other formats, stored as PNG
+    records: np.ndarray  # [n] of SAMPLE, as rows: their annotations; for detection
+    ids: np.ndarray  # int64 [n]: the images' ids in COCO; for detection
+    objects: np.ndarray  # [m] of OBJECT, with rows of this shard; for detection
 
 
 def finished_shard(task: Task) -> Shard | None:
@@ -74,7 +81,10 @@ def finished_shard(task: Task) -> Shard | None:
     with np.load(task.record) as record:
         if str(record["source"]) != task.digest() or task.path.stat().st_size != record["bytes"]:
             return None
-        return Shard(record["rows"], *(record[name].tolist() for name in ("bytes", "sha256", "skipped", "converted")))
+        values = (record[name].tolist() for name in ("bytes", "sha256", "skipped", "converted"))
+        # Records of before there was detection have no such arrays.
+        annotated = (record.get(name, nothing) for name, nothing in NOTHING.items())
+        return Shard(record["rows"], *values, *annotated)
 
 
 def write_shard(task: Task) -> Shard:
@@ -89,6 +99,8 @@ def write_shard(task: Task) -> Shard:
             check_stop()
             try:
                 stored, extension, changed = _convert(data, task.options)
+                if entry.annotations:
+                    _check_size(stored, entry.annotations)
             except DecodeError as error:
                 skipped.append(entry.key)
                 if len(skipped) > task.skip_bad:
@@ -96,14 +108,37 @@ def write_shard(task: Task) -> Shard:
                 tqdm.write(printable(f"skipped {entry}: {error}"), file=sys.stderr)
                 continue
             converted += changed
-            writer.write({"__key__": entry.key, extension: stored, "cls": b"%d" % entry.label})
-    rows, _ = scan_shard(str(task.path))  # what the index says is what lies on the disk
-    shard = Shard(rows, task.path.stat().st_size, file_sha256(task.path), skipped, converted)
+            beside = {"json": entry.annotations} if entry.annotations else {"cls": b"%d" % entry.label}
+            writer.write({"__key__": entry.key, extension: stored, **beside})
+    # What the index says is what lies on the disk.
+    annotated = dict(NOTHING)
+    if task.entries[0].annotations:
+        rows, annotated["records"] = scan_annotated(str(task.path))
+        annotated |= _read_records(task.path, annotated["records"])
+    else:
+        rows, _ = scan_shard(str(task.path))
+    shard = Shard(rows, task.path.stat().st_size, file_sha256(task.path), skipped, converted, **annotated)
     # Without object arrays: the record is read without pickle.
     record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_)}
     with atomic_write(task.record) as file:
         np.savez(file, **record, source=task.digest())
     return shard
+
+
+def _check_size(stored: bytes, annotations: bytes) -> None:
+    """Raises DecodeError where an image has not the size that its annotations say."""
+    size, record = open_image(stored, decode=False).size, json.loads(annotations)
+    if size != (stated := (record["width"], record["height"])):
+        what = "{} x {} pixels, but its annotations say {} x {}".format(*size, *stated)
+        raise DecodeError(f"{what} (EXIF orientation does not count)")
+
+
+def _read_records(path: Path, records: np.ndarray) -> dict[str, np.ndarray]:
+    """`ids` and `objects` of a shard, from the annotations in it."""
+    with open(path, "rb") as file:
+        contents = [json.loads(os.pread(file.fileno(), int(at["size"]), int(at["offset"]))) for at in records]
+    objects = [object_row(row, a) for row, record in enumerate(contents) for a in record["annotations"]]
+    return {"ids": np.array([record["id"] for record in contents], np.int64), "objects": np.array(objects, OBJECT)}
 
 
 def _convert(data: bytes, options: Options) -> tuple[bytes, str, bool]:

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
     size: int = 0  # bytes; not known in Parquet files
     offset: int | None = None  # the first byte in an archive, the row in a Parquet file
     group: int = 0  # of rows, counted over all Parquet files of the split
+    annotations: bytes = b""  # JSON that is stored instead of the label; for detection
 
     def __str__(self) -> str:
         return self.file if self.offset is None else f"{self.file}: {self.key}"
@@ -56,6 +57,8 @@ class Source:
         digest = hashlib.sha256("\n".join(entry.key for entry in self.entries).encode())
         digest.update(np.array([entry.label for entry in self.entries], "<i8").tobytes())
         digest.update(np.array([entry.group for entry in self.entries], "<i8").tobytes())
+        for entry in self.entries:
+            digest.update(entry.annotations)
         return digest.hexdigest()
 
 
@@ -63,15 +66,17 @@ class Source:
 class Listing:
     """A data set before it is written: where it lies, class names in label order, and a source for each split.
 
-    Raises UserError for a single class, and for two of one name.
+    category_ids: COCO's id of each class, for detection; its images have annotations and no label. Raises UserError for
+    a single class where images have labels, and for two of one name.
     """
 
     root: str | Path
     classes: list[str]
     sources: list[Source]
+    category_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not self.category_ids:
             raise UserError(f"{self.root}: only one class ({''.join(self.classes)}), so there is nothing to learn")
         if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
             raise UserError(f"{self.root}: several classes are called {twice[0]}: give them names that differ")

@@ -4,6 +4,7 @@
     python -m data.write_shards archives ILSVRC2012_img_{train,val}.tar ILSVRC2012_devkit_t12.tar.gz SHARDS
     python -m data.write_shards kaggle KAGGLE SHARDS
     python -m data.write_shards parquet IMAGENET-1K SHARDS
+    python -m data.write_shards coco COCO SHARDS
 
 Shard i holds the images permutation[i * S : (i + 1) * S] of one permutation drawn from the seed. Each shard is a task
 of its own, so the bytes are the same for any number of processes. Images are stored as they are, and each is decoded
@@ -17,7 +18,7 @@ Check: `pytest tests/test_write_shards.py`.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import chain
@@ -172,24 +173,29 @@ def _write_manifest(out: Path, listing: Listing, options: Options, written: dict
     path = out / "manifest.json"
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.exists() else {}
     for split, shards in written.items():
-        splits[split] = _write_index(out, split, shards, len(listing.classes))
+        splits[split] = _write_index(out, split, shards, listing)
     splits = {split: splits[split] for split in SPLITS if split in splits}
-    manifest = {"format": FORMAT, **asdict(options), "classes": listing.classes, "splits": splits}
+    categories = {"category_ids": list(listing.category_ids)} if listing.category_ids else {}
+    manifest = {"format": FORMAT, **asdict(options), "classes": listing.classes, **categories, "splits": splits}
     write_text(path, json.dumps(manifest, indent=1))
     return manifest
 
 
-def _write_index(out: Path, split: str, shards: list[Shard], classes: int) -> dict[str, Any]:
-    """Writes the index of a split and returns the split's part of the manifest."""
+def _write_index(out: Path, split: str, shards: list[Shard], listing: Listing) -> dict[str, Any]:
+    """Writes the index of a split, and its objects for detection; returns the split's part of the manifest."""
     rows = np.concatenate([shard.rows for shard in shards])
     rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
     assert rows.dtype == SAMPLE, rows.dtype
     name = f"{split}.index.npy"
     with atomic_write(out / name) as file:
         np.save(file, rows)
+    if listing.category_ids:
+        of_classes = _write_objects(out / f"{split}.objects.npz", shards, rows["shard"], listing.category_ids)
+    else:
+        of_classes = {"images_per_class": np.bincount(rows["label"], minlength=len(listing.classes)).tolist()}
     return {
         "images": len(rows),
-        "images_per_class": np.bincount(rows["label"], minlength=classes).tolist(),
+        **of_classes,
         "skipped": [key for shard in shards for key in shard.skipped],
         "index": {"file": name, "sha256": file_sha256(out / name)},
         "shards": [
@@ -199,14 +205,31 @@ def _write_index(out: Path, split: str, shards: list[Shard], classes: int) -> di
     }
 
 
+def _write_objects(path: Path, shards: list[Shard], shard_of: np.ndarray, ids: Sequence[int]) -> dict[str, Any]:
+    """Writes the arrays that `data.coco` reads; returns what the manifest says of them.
+
+    shard_of: int [N], the shard of each image. ids: of the categories.
+    """
+    records, objects = (np.concatenate([getattr(s, name) for s in shards]) for name in ("records", "objects"))
+    records["shard"] = shard_of
+    first = np.cumsum([0] + [len(shard.rows) for shard in shards[:-1]])
+    objects["image"] += np.repeat(first, [len(shard.objects) for shard in shards])
+    with atomic_write(path) as file:
+        np.savez(file, records=records, ids=np.concatenate([shard.ids for shard in shards]), objects=objects)
+    counts = np.bincount(np.searchsorted(ids, objects["category_id"]), minlength=len(ids)).tolist()
+    return {"objects_per_class": counts, "objects": {"file": path.name, "sha256": file_sha256(path)}}
+
+
 def _report(listing: Listing, manifest: dict[str, Any], written: dict[str, list[Shard]]) -> None:
     imagenet = len(listing.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in listing.classes)
     for source in listing.sources:
         split, shards = source.split, written[source.split]
-        images, counts = manifest["splits"][split]["images"], manifest["splits"][split]["images_per_class"]
+        entry = manifest["splits"][split]
+        images, what = entry["images"], "objects" if listing.category_ids else "images"
+        counts = entry[f"{what}_per_class"]
         print(
             f"{split}: {images:,} images in {len(shards):,} shards, {sum(s.bytes for s in shards) / 1e9:,.3f} GB; "
-            f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} images (median {np.median(counts):,.0f})"
+            f"{len(counts):,} classes of {min(counts):,} to {max(counts):,} {what} (median {np.median(counts):,.0f})"
         )
         for number, what in (
             (source.ignored, "files without an image's extension ignored"),
