@@ -32,7 +32,7 @@ _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
 
 
 def program_of(command: str, arguments: Sequence[str]) -> str:
-    """The config, one of PROGRAMS, of a command line of train.py or evaluate.py: by the task that it or the run names."""
+    """The config, one of PROGRAMS, for a command line of train.py or evaluate.py: that of its task, or of its run's."""
     values = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
     task = values.get("task", "")
     if command == "evaluate" and (run := values.get("run")):

@@ -122,6 +122,8 @@ class DetectionEvaluationData(DetectionFolder):
 class Module(Part):
     target: Target
     partial: Partial
+    detector: Any = follows("detector.name")
+    width: Any = follows("width")
     epochs: Any = follows("epochs")
     batch_size: Any = follows("batch_size")
     seed: Any = follows("seed")

@@ -123,6 +123,7 @@ class TrainingModule(LightningModule):
         while len(self._steps) > but:
             finite, epoch, batch, positions = self._steps.popleft()
             if not finite.read():
+                positions = positions[positions >= 0] if (positions >= 0).any() else positions
                 raise UserError(
                     f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
                     f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
