@@ -25,7 +25,6 @@ from torch.nn.functional import interpolate
 from data.crops import BatchCrops
 from data.index import Index
 from data.tars import why_unreadable
-from repghost.dataset import Batch
 from repghost.errors import UserError, printable
 from repghost.images import FORMATS, to_rgb
 
@@ -156,7 +155,7 @@ def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
         yield batch
 
 
-def within_budget(batches: Iterable[tuple[Batch, list[str]]], allowed: int) -> Iterator[Batch]:
+def within_budget(batches: Iterable[tuple[T, list[str]]], allowed: int) -> Iterator[T]:
     """The batches of an epoch, each of which comes with a line for each of its bad images; the lines are logged.
 
     Raises BadImage with the line of the first image beyond the `allowed` ones.

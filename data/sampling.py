@@ -28,7 +28,8 @@ ERASE_TOP, ERASE_LEFT = 59, 60
 NUM_UNIFORMS = 64
 
 _PER_COUNTER = 4  # Philox-4x64 yields four words for one value of its counter
-_ORDER_STREAM, _AUGMENT_STREAM = 0, 1  # the counter's highest word keeps the two uses apart
+# The counter's highest word keeps the uses apart; 2 and 3 belong to data.write_shards.
+_ORDER_STREAM, _AUGMENT_STREAM, DETECTION_STREAM = 0, 1, 4
 
 
 def _raw(seed: int, epoch: int, stream: int, counter: int, words: int) -> np.ndarray:
@@ -44,12 +45,12 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def uniforms(seed: int, epoch: int, start: int, count: int) -> np.ndarray:
+def uniforms(seed: int, epoch: int, start: int, count: int, stream: int = _AUGMENT_STREAM) -> np.ndarray:
     """float32 [count, NUM_UNIFORMS] in [0, 1): a row for each of the indices start .. start + count - 1 of an epoch.
 
     24 bits each, so that every value is exact in float32 and 1 is never reached.
     """
-    raw = _raw(seed, epoch, _AUGMENT_STREAM, start * (NUM_UNIFORMS // _PER_COUNTER), count * NUM_UNIFORMS)
+    raw = _raw(seed, epoch, stream, start * (NUM_UNIFORMS // _PER_COUNTER), count * NUM_UNIFORMS)
     return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).reshape(count, NUM_UNIFORMS)
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,28 +25,31 @@ from repghost.dataset import Batch
 from repghost.errors import UserError
 from repghost.training.signals import end_workers_at_exit, ignore_signals
 
+AnyBatch = TypeVar("AnyBatch")
+
 SHARED_MEMORY = "/dev/shm"  # where torch's workers put their batches on Linux
 SEMAPHORES = 1_000_000  # bytes there for the queues of the workers, a page each, with room to spare
 BATCHES_IN_USE = 3  # by the trainer, beside those that wait
 LONGEST_TMPDIR = 75  # bytes: a socket's 107 without "/pymp-12345678/listener-12345678"
 
 
-class TorchLoader(DataLoader):
-    """The batches of an epoch from `options.start` on; its length is that of a full epoch.
+class BatchLoader(DataLoader, Generic[AnyBatch]):
+    """The batches of an epoch from `options.start` on; its length, `batches`, is that of a full epoch.
 
-    `seconds_waited` is how long its user has waited for batches.
+    dataset: maps (epoch, batch) to a batch and a line for each bad image in it. batch_bytes: what a batch takes in
+    shared memory. `seconds_waited` is how long its user has waited for batches.
     """
 
-    def __init__(self, crops: Crops, options: LoaderOptions) -> None:
-        self._length = crops.sampler.batches
+    def __init__(self, dataset: Dataset, options: LoaderOptions, batches: int, batch_bytes: int) -> None:
+        self._length = batches
         self._batches_left: list[tuple[int, int]] = []  # (epoch, batch)
         self._options = options
         self.seconds_waited = 0.0
         if options.workers:
             end_workers_at_exit()
-        self._batch_bytes = batch_bytes(crops)
+        self._batch_bytes = batch_bytes
         super().__init__(
-            CroppedBatches(crops),
+            dataset,
             sampler=self._batches_left,
             batch_size=None,
             num_workers=options.workers,
@@ -59,12 +62,12 @@ class TorchLoader(DataLoader):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[AnyBatch]:  # type: ignore[override]
         epoch, first = self._options.start()
         self._batches_left[:] = [(epoch, batch) for batch in range(first % len(self), len(self))]
         yield from within_budget(timed(self._batches(), self), self._options.skip_bad)
 
-    def _batches(self) -> Iterator[tuple[Batch, list[str]]]:
+    def _batches(self) -> Iterator[tuple[AnyBatch, list[str]]]:
         if self.num_workers and self._iterator is None:
             self._check_shared_memory()
             short_socket_names()
@@ -91,6 +94,13 @@ class TorchLoader(DataLoader):
                 f"{ranks * needed / 1e6:,.1f}: enlarge it (docker run --shm-size=8g), or take fewer data.workers, or a "
                 "smaller data.prefetch"
             )
+
+
+class TorchLoader(BatchLoader[Batch]):
+    """The batches of `crops`."""
+
+    def __init__(self, crops: Crops, options: LoaderOptions) -> None:
+        super().__init__(CroppedBatches(crops), options, crops.sampler.batches, batch_bytes(crops))
 
 
 def batch_bytes(crops: Crops) -> int:

@@ -21,7 +21,7 @@ from images import encoded, patch
 from PIL import Image
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from data import datamodule
+from data import shard_data
 from data.crops import CenterCrops, RandomCrops
 from data.index import Index, load_index
 from data.loader_plan import plan_loader
@@ -281,11 +281,11 @@ def test_without_workers_nothing_runs_beside_the_training() -> None:
 
 
 def test_a_run_on_one_of_several_gpus_leaves_cores_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datamodule, "cpus_per_rank", lambda: 64)
+    monkeypatch.setattr(shard_data, "cpus_per_rank", lambda: 64)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert datamodule.cores_of_a_rank(on_gpu=True, ranks=1) == 16
-    assert datamodule.cores_of_a_rank(on_gpu=True, ranks=4) == 64
-    assert datamodule.cores_of_a_rank(on_gpu=False, ranks=1) == 64
+    assert shard_data.cores_of_a_rank(on_gpu=True, ranks=1) == 16
+    assert shard_data.cores_of_a_rank(on_gpu=True, ranks=4) == 64
+    assert shard_data.cores_of_a_rank(on_gpu=False, ranks=1) == 64
 
 
 def test_the_time_until_batches_arrive_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
