@@ -33,6 +33,7 @@ STAGES = (
     ((5, 336, 160, True, 2),),
     ((5, 480, 160, False, 1), (5, 480, 160, True, 1)) * 2,
 )
+FEATURE_STAGES = (2, 4, 6, 8)  # after which `features` takes its maps: before the next stride of 2, and the last one
 
 Reparam = Literal["bn", "identity", "none"]
 
@@ -144,10 +145,13 @@ class RepGhostNet(nn.Module):
     shortcut: False is the paper's ablation without the residual shortcut in the blocks with in = out and stride 1.
     fused: build the form that `repghost.reparameterize` returns, to load its state dict. `reparam` then makes no
         difference, because the identity branch is part of a convolution.
+    feature_channels, feature_strides: of the maps that `features` returns.
 
     Raises UserError for a width that is not positive and finite, less than one class or input channel, a dropout
     outside [0, 1) and an unknown identity branch.
     """
+
+    feature_strides = (4, 8, 16, 32)
 
     def __init__(
         self,
@@ -173,7 +177,7 @@ class RepGhostNet(nn.Module):
         channels = round_channels(16 * width)
         self.conv_stem, self.bn1 = _conv_bn(in_channels, channels, 3, fused, stride=2)
         self.relu = nn.ReLU(inplace=True)
-        stages = []
+        stages, out_channels = [], []
         for rows in STAGES:
             blocks = []
             for kernel, mid, out, se, stride in rows:
@@ -181,6 +185,8 @@ class RepGhostNet(nn.Module):
                 blocks.append(RepGhostBottleneck(channels, mid, out, kernel, stride, se, reparam, shortcut, fused))
                 channels = out
             stages.append(nn.Sequential(*blocks))
+            out_channels.append(channels)
+        self.feature_channels = tuple(out_channels[i] for i in FEATURE_STAGES)
         conv, bn = _conv_bn(channels, round_channels(960 * width), 1, fused)
         last = nn.Sequential(OrderedDict(conv=conv, bn1=bn, relu=nn.ReLU(inplace=True)))  # blocks.9.0
         self.blocks = nn.Sequential(*stages, nn.Sequential(last))
@@ -194,6 +200,21 @@ class RepGhostNet(nn.Module):
             raise UserError(f"num_classes={num_classes}: give at least one class")
         weight = self.conv_head.weight
         self.classifier = nn.Linear(self.conv_head.out_channels, num_classes, device=weight.device, dtype=weight.dtype)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Images to the last map of every resolution, for detection and other dense tasks.
+
+        Image sides of H and W pixels, from 32 on and not necessarily multiples of 32, give maps
+        [N, feature_channels[i], ceil(H / feature_strides[i]), ceil(W / feature_strides[i])]. timm's `features_only`
+        takes its maps after the first block of every resolution and leaves out the last stage, `blocks.8`; these come
+        after the last block. The convolution before the pooling (`blocks.9`) and the head have no part in them.
+        """
+        x, maps = self.relu(self.bn1(self.conv_stem(x))), []
+        for number in range(FEATURE_STAGES[-1] + 1):
+            x = self.blocks[number](x)
+            if number in FEATURE_STAGES:
+                maps.append(x)
+        return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last feature map, [N, conv_head.in_channels, ceil(H / 32), ceil(W / 32)]."""

@@ -99,12 +99,17 @@ def model_from_state(state: StateDict, source: str, width: float | None) -> RepG
 
 
 def start_from(model: RepGhostNet, source: str) -> None:
-    """Gives `model` the weights of `source`, all but the classifier, which keeps its initial ones."""
+    """Gives `model` the weights of `source`, all but the classifier, which keeps its initial ones.
+
+    model: a RepGhostNet in training form, or the body of a detector, which has no classifier.
+    """
     found = model_from_state(read_weights(source, model.width), source, model.width)
     if found.fused:
         raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
-    classifier = {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
-    model.load_state_dict(found.state_dict() | classifier)
+    weights = found.state_dict()
+    for name, tensor in model.state_dict().items():
+        weights[name] = tensor if name.startswith("classifier.") else weights[name]
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
 
 
 def save_weights(model: RepGhostNet, path: str | Path, description: Description | None = None) -> None:

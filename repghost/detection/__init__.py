@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: RepGhostNet as the backbone of torchvision's detectors."""
