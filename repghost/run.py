@@ -48,7 +48,7 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     # Reported last where they differ: the user set the keys that they come from.
     derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
-    require_writable_results(config.results)
+    require_writable_results(config.results, config.task)
     if _has_begun(directory):
         _require_same_run(directory, config, (*derived, *COLOUR))
         require_same_data(directory, config, read_config(directory).data.root, is_finished(directory))
@@ -111,7 +111,7 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
 
     named = {key_of(override) for override in HydraConfig.get().overrides.task}
-    require_writable_results(config.results)
+    require_writable_results(config.results, config.get("task", "classification"))
     if config.run is not None:
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:

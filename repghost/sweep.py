@@ -116,8 +116,9 @@ class Sweep:
     def report(self) -> int:
         """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""
         names = [folder.name for folder in self._runs]
-        tables = dict.fromkeys(str(config.results) for _, config in self._runs.values())
-        rows = [row for table in tables for row in read_results(table) if row["name"] in names]
+        configs = [config for _, config in self._runs.values()]
+        tables = dict.fromkeys((str(config.results), config.get("task", "classification")) for config in configs)
+        rows = [row for table in tables for row in read_results(*table) if row["name"] in names]
         if rows:
             print(f"\n{runs_table(sorted(rows, key=lambda row: names.index(row['name'])))}", flush=True)
         if self._failures:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from repghost.detection.masks import run_lengths
 from repghost.errors import UserError
 
-MASK_THRESHOLD = 0.5  # probability from which on a pixel is in a mask
 _SAME_BOX = 0.9  # IoU from which on the boxes of two networks stand for one detection
 
 
@@ -41,7 +40,9 @@ class Detections:
         """The detections in a batch. outputs: of a detector in evaluation mode. positions: int64, -1 for no image."""
         kept = [(int(row), output) for row, output in zip(positions, outputs, strict=True) if row >= 0]
         found = [{key: tensor.detach().cpu() for key, tensor in output.items()} for _, output in kept]
-        masks = [_encoded(output["masks"]) if "masks" in output else [b""] * len(output["boxes"]) for output in found]
+        masks = [
+            run_lengths(output["masks"]) if "masks" in output else [b""] * len(output["boxes"]) for output in found
+        ]
         flat = [mask for of_image in masks for mask in of_image]
         return cls(
             images=torch.tensor([row for row, _ in kept], dtype=torch.int64),
@@ -63,17 +64,17 @@ class Detections:
         """
         empty = Detections.of([], torch.empty(0))
         columns = [torch.cat([getattr(each, name) for each in (empty, *batches)]) for name in _COLUMNS]
-        gathered = [_gathered(column, device) for column in columns]
+        gathered: list[Any] = [_gathered(column, device) for column in columns]
         if gathered[0] is None:
             return None
-        return Detections(*(column for column in gathered if column is not None))._ordered()
+        return Detections(*gathered)._ordered()
 
     def _ordered(self) -> "Detections":
         order = self.rows.argsort(stable=True)
-        columns = [getattr(self, name)[order] for name in ("rows", "labels", "scores", "boxes")]
+        columns = {name: getattr(self, name)[order] for name in ("rows", "labels", "scores", "boxes", "lengths")}
         masks = self.masks.split(self.lengths.tolist())
         ordered = torch.cat([self.masks[:0], *(masks[i] for i in order.tolist())])
-        return Detections(self.images.sort().values, *columns, ordered, self.lengths[order])
+        return Detections(images=self.images.sort().values, masks=ordered, **columns)
 
     def require_all(self, images: int) -> None:
         """Raises UserError unless each of the `images` images of the index was looked at exactly once."""
@@ -88,12 +89,17 @@ class Detections:
         first, end = torch.searchsorted(self.rows, torch.tensor([row, row + 1])).tolist()
         return slice(first, end)
 
-    def results(self, images: Sequence[Mapping[str, Any]], categories: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """COCO's results. images: of COCO's annotations, in the order of the index. categories: id of each class."""
-        left, top, right, bottom = self.boxes.double().unbind(1)
+    def results(
+        self, images: Sequence[Mapping[str, Any]], categories: Sequence[int], which: slice = slice(None)
+    ) -> Iterator[dict[str, Any]]:
+        """COCO's results. images: of COCO's annotations, in the order of the index. categories: id of each class.
+
+        which: of the detections.
+        """
+        left, top, right, bottom = self.boxes[which].double().unbind(1)
         boxes = torch.stack([left, top, right - left, bottom - top], dim=1).tolist()
-        content, end = self.masks.numpy().tobytes(), 0
-        columns = (self.rows.tolist(), self.labels.tolist(), self.scores.tolist(), self.lengths.tolist())
+        content, end = self.masks.numpy().tobytes(), int(self.lengths[: which.start or 0].sum())
+        columns = [getattr(self, name)[which].tolist() for name in ("rows", "labels", "scores", "lengths")]
         for row, label, score, length, box in zip(*columns, boxes, strict=True):
             image, start, end = images[row], end, end + length
             result = {"image_id": image["id"], "category_id": categories[label - 1], "bbox": box, "score": score}
@@ -104,16 +110,6 @@ class Detections:
 
 
 _COLUMNS = ("images", "rows", "labels", "scores", "boxes", "masks", "lengths")
-
-
-def _encoded(masks: Tensor) -> list[bytes]:
-    """COCO's compressed RLEs of probabilities, float [N, 1, H, W]."""
-    from faster_coco_eval.core import mask  # slow to import
-
-    if not len(masks):
-        return []
-    pixels = (masks[:, 0] >= MASK_THRESHOLD).to(torch.uint8).permute(1, 2, 0).numpy()
-    return [rle["counts"] for rle in mask.encode(np.asfortranarray(pixels))]
 
 
 def _gathered(rows: Tensor, device: torch.device) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -18,8 +19,10 @@ from repghost.detection.detections import Detections
 from repghost.detection.figures import Truth
 from repghost.errors import UserError, print_rank_zero
 from repghost.model import count_parameters
+from repghost.reference import Row
 from repghost.training.module import TrainingModule
 from repghost.training.schedule import linear_scale, step_learning_rate
+from repghost.weights import start_from
 
 ONE_STAGE = ("retinanet", "fcos", "ssdlite")
 # The columns of metrics.csv, of those figures that the detector has.
@@ -53,8 +56,9 @@ class DetectorTraining(TrainingModule):
         return self.learning_rate((epoch + 1) * self._steps_per_epoch - 1)
 
     def epoch_words(self, row: Mapping[str, float]) -> str:
-        masks = f"  mask mAP raw {row['val_mask_map']:.3f}  EMA {row['ema_mask_map']:.3f}" if "val_mask_map" in row else ""
-        return f"box mAP raw {row['val_map']:.3f}  EMA {row['ema_map']:.3f}{masks}"
+        kinds = {"box mAP": "map", "mask mAP": "mask_map"}
+        of = {kind: key for kind, key in kinds.items() if f"val_{key}" in row}
+        return "  ".join(f"{kind} raw {row[f'val_{key}']:.3f}  EMA {row[f'ema_{key}']:.3f}" for kind, key in of.items())
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -100,6 +104,20 @@ class DetectorTraining(TrainingModule):
         self.end_epoch(trainer.strategy.broadcast(figures))
 
 
+def prepare(config: DictConfig, trainer: pl.Trainer, data: Any) -> tuple[TrainingModule, dict[int, Row] | None]:
+    """The module that trains a run's detector, with its initial weights; there is no official run to compare it with.
+
+    data: the run's data module, loaded for training. Prints what is about to be trained.
+    """
+    model = instantiate(config.detector)(num_classes=data.num_classes)
+    if config.weights:
+        start_from(model.backbone.body, config.weights)
+    steps = data.steps_per_epoch
+    module = instantiate(config.module)(model, config.recipe, steps_per_epoch=steps, classes=data.num_classes)
+    describe(config, trainer, data, model)
+    return module, None
+
+
 def peak_rate(recipe: Mapping[str, Any], detector: str, batch_size: int) -> float:
     """The highest learning rate of a detector's run."""
     rate = recipe["learning_rate"] * (recipe["one_stage_factor"] if detector in ONE_STAGE else 1)
@@ -109,12 +127,12 @@ def peak_rate(recipe: Mapping[str, Any], detector: str, batch_size: int) -> floa
 def describe(config: DictConfig, trainer: pl.Trainer, data: DataModule, model: nn.Module) -> None:
     """Prints what is about to be trained, and on what."""
     recipe, detector = config.recipe, config.detector
-    train, val = data.counts
+    parameters, (train, val) = count_parameters(model), data.counts
     rate = peak_rate(recipe, detector.name, config.batch_size)
     start = f"from {config.weights}" if config.weights else "from random weights"
     print_rank_zero(
         f"run        {Path(config.output) / config.name}\n"
-        f"network    {detector.name} on RepGhostNet {config.width:g}x, {count_parameters(model) / 1e6:.2f}M parameters, "
+        f"network    {detector.name} on RepGhostNet {config.width:g}x, {parameters / 1e6:.2f}M parameters, "
         f"images of {' x '.join(map(str, detector.image_size))} pixels\n"
         f"data       {train:,} training and {val:,} validation images, {data.num_classes} classes of objects\n"
         f"recipe     {recipe.name}: {config.epochs} epochs, global batch {config.batch_size} on {trainer.world_size} "

@@ -74,6 +74,7 @@ class Detector(Part):
 
     target: Target
     partial: Partial
+    convert: Convert
     name: Literal["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"] = key("of torchvision's detectors")
     width: Any = follows("width")
     image_size: _Sizes = key(

@@ -38,7 +38,9 @@ def epoch_learning_rate(recipe: Mapping[str, Any], epoch: int, *, epochs: int, b
     return learning_rate(epoch, epochs=epochs, peak=peak, start=start, final=final, warmup_epochs=warmup)
 
 
-def step_learning_rate(recipe: Mapping[str, Any], step: int, *, epochs: int, steps_per_epoch: int, peak: float) -> float:
+def step_learning_rate(
+    recipe: Mapping[str, Any], step: int, *, epochs: int, steps_per_epoch: int, peak: float
+) -> float:
     """The learning rate of `step`, counted from 0, by a recipe for detectors, which has `peak` after its warm-up.
 
     schedule=steps multiplies by `decay` after every epoch of `milestones`; cosine falls to 0 at the end of the run. The
