@@ -54,6 +54,7 @@ class Truth:
                 del result["bbox"]
             else:
                 result["segmentation"] = []
-        evaluation = COCOeval_faster(self._coco, self._coco.loadRes(results), kind)
+        found = self._coco.loadRes(results)
+        evaluation = COCOeval_faster(self._coco, found, kind, print_function=lambda *_: None)
         evaluation.run()
         return evaluation
