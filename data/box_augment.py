@@ -47,13 +47,16 @@ class Geometry:
     def boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [n, 4] of boxes (left, top, right, bottom), clipped, and [n]: which share of each area is left."""
         top, left, height, width = self.window
-        scale = torch.tensor([self.size[1] / width, self.size[0] / height] * 2)
-        moved = (boxes - torch.tensor([left, top] * 2)) * scale - torch.tensor(self.corner[::-1] * 2)
-        clipped = moved.clamp(torch.zeros(4), torch.tensor([width, height] * 2))
-        before, after = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (moved, clipped))
+        # In double precision, so that the share of what is not cut is 1.
+        scale = torch.tensor([self.size[1] / width, self.size[0] / height] * 2, dtype=torch.float64)
+        end = torch.tensor([width, height] * 2)
+        whole = boxes.double() - torch.tensor([left, top] * 2)
+        seen = torch.minimum(whole.clamp(min=0), end) * scale - torch.tensor(self.corner[::-1] * 2)
+        seen = torch.minimum(seen.clamp(min=0), end)
+        share = _area(seen) / _area(whole * scale)
         if self.flip:
-            clipped[:, [0, 2]] = width - clipped[:, [2, 0]]
-        return clipped, after / before
+            seen[:, [0, 2]] = width - seen[:, [2, 0]]
+        return seen.float(), share.float()
 
     def _move(self, channels: Tensor, fill: Tensor, interpolation: InterpolationMode) -> Tensor:
         top, left, height, width = self.window
@@ -70,6 +73,10 @@ class Geometry:
             canvas[:, row : row + y_end - y, column : column + x_end - x] = moved[:, y:y_end, x:x_end]
             moved = canvas
         return (horizontal_flip(moved) if self.flip else moved).contiguous()
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 @dataclass(frozen=True, kw_only=True)

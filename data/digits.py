@@ -6,6 +6,7 @@ for validation. Check: `pytest tests/test_write_shards.py -k digits`.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,26 @@ PIXELS = 32
 
 def prepare_digits(cache: Path) -> Path:
     """The folder of shards `cache`/digits, written on first use while other processes wait."""
-    shards = Path(cache).expanduser() / "digits"
+
+    def write(images: Path, shards: Path) -> None:
+        _write_images(images)
+        write_folder(images, shards, images_per_shard=512, workers=1, quiet=True)
+
+    return prepare(cache, "digits", write)
+
+
+def prepare(cache: Path, name: str, write: Callable[[Path, Path], None]) -> Path:
+    """The folder of shards `cache`/`name`; on first use `write` makes it while other processes wait.
+
+    write: called with an empty folder for images, which is removed afterwards, and the folder of the shards.
+    """
+    shards = Path(cache).expanduser() / name
     require_writable(shards.with_suffix(".lock"), "data.cache")
     shards.parent.mkdir(parents=True, exist_ok=True)
-    with locked(shards.with_suffix(".lock"), "writing the digits", limit=600):
+    with locked(shards.with_suffix(".lock"), f"writing the {name}", limit=600):
         if not (shards / "manifest.json").exists():
             with tempfile.TemporaryDirectory(dir=shards.parent) as images:
-                _write_images(Path(images))
-                write_folder(images, shards, images_per_shard=512, workers=1, quiet=True)
+                write(Path(images), shards)
     return shards
 
 

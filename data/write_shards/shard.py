@@ -129,7 +129,7 @@ def _check_size(stored: bytes, annotations: bytes) -> None:
     """Raises DecodeError where an image has not the size that its annotations say."""
     size, record = open_image(stored, decode=False).size, json.loads(annotations)
     if size != (stated := (record["width"], record["height"])):
-        what = "{} x {} pixels, but its annotations say {} x {}".format(*size, *stated)
+        what = "{} x {} pixels, but its annotations (image {}) say {} x {}".format(*size, record["id"], *stated)
         raise DecodeError(f"{what} (EXIF orientation does not count)")
 
 
