@@ -99,6 +99,15 @@ class NetworkOptions:
     image_size: int | None = option("side of what the network sees in pixels, by default that of its training", WHOLE)
     crop_fraction: float | None = option("share of the shorter side that the centre crop takes, as trained", SHARE)
 
+    @property
+    def of_detector(self) -> bool:
+        """Whether `run` is the run of a detector, as the config.yaml in it says."""
+        if self.run is None or not (self.run / "config.yaml").is_file():
+            return False
+        return (
+            "task: detection" in (self.run / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
+        )
+
     def require_network(self) -> None:
         """Raises UserError unless the options name one network, and only with keys that go together."""
         if (self.run is None) == (self.weights is None):

@@ -173,6 +173,13 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
 
 def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
     """The averaged network of a run's last or best epoch, and the number of that epoch, counted from 0."""
+    content = read_selected(directory, selection)
+    path = directory / "checkpoints" / SELECTIONS[selection]
+    return model_from_state(content["ema"], str(path), content["run"]["width"]), int(content["history"][-1]["epoch"])
+
+
+def read_selected(directory: Path, selection: str) -> dict[str, Any]:
+    """The checkpoint of a run's last or best epoch. Raises UserError where there is none, or no epoch is complete."""
     if selection not in SELECTIONS:
         raise UserError(f"selection={selection} is not one of {', '.join(SELECTIONS)}")
     path = directory / "checkpoints" / SELECTIONS[selection]
@@ -181,7 +188,7 @@ def load_run(directory: Path, selection: str) -> tuple[RepGhostNet, int]:
         raise UserError(f"{path}: not a checkpoint of train.py")
     if not content["history"]:
         raise UserError(f"{directory}: no epoch of this run is complete yet; the command that began it goes on")
-    return model_from_state(content["ema"], str(path), content["run"]["width"]), int(content["history"][-1]["epoch"])
+    return content
 
 
 def data_name(config: Any) -> str:

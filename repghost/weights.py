@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from repghost.description import KEY, Description, described_beside
 from repghost.errors import UserError, first_sentence
@@ -112,13 +112,14 @@ def start_from(model: RepGhostNet, source: str) -> None:
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
 
 
-def save_weights(model: RepGhostNet, path: str | Path, description: Description | None = None) -> None:
-    """Writes the state dict of `model` as safetensors, with what is known of it.
+def save_weights(model: nn.Module, path: str | Path, description: Description | None = None) -> None:
+    """Writes the state dict of `model`, a RepGhostNet or a detector, as safetensors, with what is known of it.
 
     description: width and form are those of `model` in any case.
     """
-    form = "fused" if model.fused else "training"
-    described = replace(description or Description(), width=float(model.width), form=form)
+    network = next(module for module in model.modules() if isinstance(module, RepGhostNet))
+    form = "fused" if network.fused else "training"
+    described = replace(description or Description(), width=float(network.width), form=form)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(path) as file:
         file.write(_safetensors(tensors, {"format": "pt", KEY: described.to_json()}))
@@ -187,6 +188,8 @@ def read_source(source: str | Path, width: float | None = None) -> tuple[StateDi
             state = state[inner[0]]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path}: holds no state dict of a RepGhostNet")
+    if any(name.startswith("backbone.body.") for name in state):
+        raise UserError(f"{path}: weights of a detector, which only its run's folder tells how to build: run=FOLDER")
     if isinstance(said, str):
         description = Description.from_json(said, str(path))
     else:

@@ -28,7 +28,7 @@ CLASSES = {
     "retinanet": RetinaNet, "faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "ssdlite": SSD, "fcos": FCOS
 }  # fmt: skip
 SMALL = {
-    "width": 0.1, "channels": 32, "candidates": 50, "detections": 20, "norm": "trained", "trainable_layers": 5,
+    "width": 0.1, "channels": 64, "candidates": 50, "detections": 20, "norm": "trained", "trainable_layers": 5,
     "score_threshold": 0.0,
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ def conf(name: str) -> dict[str, Any]:
     """The node `detector` with the values of conf/detector."""
     found = OmegaConf.load(CONF / f"{name}.yaml")
     for parent in [entry for entry in found.pop("defaults", []) if entry != "_self_"]:
-        found = OmegaConf.merge(conf(parent), found)
+        found = OmegaConf.merge(conf(parent.partition("@")[0]), found.get("detector", found))
     return OmegaConf.to_container(found)  # type: ignore[return-value]
 
 
@@ -119,13 +119,13 @@ def test_timms_maps_are_those_of_the_first_blocks() -> None:
 
 def test_layers_that_do_not_learn_keep_their_statistics() -> None:
     for count, first in ((0, None), (2, 5), (5, 0)):
-        body = Backbone(0.1, 3, count, "trained").train().body
+        body = Backbone(0.1, count, "trained", 3).train().body
         for name, parameter in body.named_parameters():
             stage = int(name.split(".")[1]) if name.startswith("blocks.") else 0
             assert parameter.requires_grad == (first is not None and stage >= first), name
         for module in filter(is_batch_norm, body.modules()):
             assert module.training == module.weight.requires_grad
-    frozen = Backbone(0.1, 3, 5, "frozen").train()
+    frozen = Backbone(0.1, 5, "frozen", 3).train()
     norms = {module for module in frozen.modules() if is_batch_norm(module)}
     assert norms and not any(module.training for module in norms) and frozen.body.training
     learning = {p for p in frozen.body.parameters() if p.requires_grad}
@@ -236,6 +236,7 @@ def test_synchronized() -> None:
         ({"norm": "group"}, "norm=group"),
         ({"trainable_layers": 6}, "trainable_layers=6"),
         ({"name": "fcos", "channels": 48}, "detector.channels=48"),
+        ({"name": "fcos", "channels": 32}, "detector.channels=32: fcos takes multiples of 32 from 64 on"),
         ({"width": -1}, "width=-1"),
     ],
 )
@@ -336,7 +337,7 @@ def test_only_a_batchnorm_right_after_a_convolution_folds() -> None:
 
 
 def test_a_body_is_fused_alone() -> None:
-    body = Backbone(0.1, 3, 5, "trained").eval().body
+    body = Backbone(0.1, 5, "trained", 3).eval().body
     fused = reparameterize(body)
     assert isinstance(fused, RepGhostNet) and fused.fused
     torch.testing.assert_close(

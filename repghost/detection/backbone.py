@@ -33,14 +33,14 @@ class Backbone(nn.Module):
     body: a RepGhostNet without what comes after its maps (`blocks.9`, `conv_head`, `classifier`), so that every
     parameter has a gradient; `repghost.weights.start_from(backbone.body, source)` gives it weights of a classifier.
 
-    width: of the RepGhostNet. maps: how many of its maps are used, those of the largest strides.
-    trainable_layers: how many of `LAYERS` learn. norm: "frozen" keeps the BatchNorms of all layers as they are; the
-    other two let them learn with their layers, and are told apart by `detector`.
+    width: of the RepGhostNet. trainable_layers: how many of `LAYERS` learn. norm: "frozen" keeps the BatchNorms of all
+    layers as they are; the other two let them learn with their layers, and are told apart by `detector`. maps: how many
+    of the RepGhostNet's are used, those of the largest strides.
     """
 
     out_channels: int | list[int]
 
-    def __init__(self, width: float, maps: int, trainable_layers: int, norm: Norm) -> None:
+    def __init__(self, width: float, trainable_layers: int, norm: Norm, maps: int) -> None:
         super().__init__()
         if norm not in get_args(Norm):
             raise UserError(f"norm={norm}: give one of {', '.join(get_args(Norm))}")
@@ -73,9 +73,9 @@ class PyramidBackbone(Backbone):
     """torchvision's feature pyramid on the maps: all of its own have `channels` channels, then those of `extra`."""
 
     def __init__(
-        self, width: float, maps: int, trainable_layers: int, norm: Norm, channels: int, extra: ExtraFPNBlock
+        self, width: float, trainable_layers: int, norm: Norm, maps: int, channels: int, extra: ExtraFPNBlock
     ) -> None:
-        super().__init__(width, maps, trainable_layers, norm)
+        super().__init__(width, trainable_layers, norm, maps)
         self.out_channels = channels
         self.fpn = FeaturePyramidNetwork([*self.body_channels], channels, extra)
 
@@ -91,7 +91,7 @@ class SSDLiteBackbone(Backbone):
     """
 
     def __init__(self, width: float, trainable_layers: int, norm: Norm, channels: int) -> None:
-        super().__init__(width, 2, trainable_layers, norm)
+        super().__init__(width, trainable_layers, norm, maps=2)
         extra = [channels, channels // 2, channels // 2, channels // 4]
         self.out_channels = [*self.body_channels, *extra]
         inputs = self.out_channels[1:-1]

@@ -2,12 +2,16 @@
 
 The classes are torchvision's own, with the anchors, heads and losses of its builders, but for ImageNet's mean and
 standard deviation in all of them (SSDLite's builder has others). Values are those of conf/detector.
-Check: `pytest tests/test_detectors.py`.
+
+In training mode a detector takes images (a list of float32 [3, H, W] in [0, 1], of any sizes) and targets (a list of
+dicts with `boxes` float32 [n, 4], left, top, right, bottom in pixels, `labels` int64 [n] from 1, for mask_rcnn also
+`masks` uint8 [n, H, W]) and returns a dict of losses. In evaluation mode it takes the images and returns a list of
+dicts with `boxes`, `labels`, `scores` [n] and, of mask_rcnn, `masks` float32 [n, 1, H, W] in [0, 1]. The boxes are in
+the pixels of the images given, best first. Check: `pytest tests/test_detectors.py`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,56 +27,12 @@ from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 
 Name = Literal["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"]
 
-LEVELS = 5  # of a feature pyramid with its extra maps
-SSD_MAPS = 6
+_IMAGENET = {"image_mean": [*IMAGENET_MEAN], "image_std": [*IMAGENET_STD]}
 _RATIOS = (0.5, 1.0, 2.0)  # heights by widths of anchors
-_SSD_RATIOS = [2, 3]  # besides 1, each also inverted
-_NEVER = -1e4  # a logit whose score is 0
+_OCTAVE = tuple(2 ** (third / 3) for third in range(3))  # RetinaNet's anchors of a level, times its size
+_SSD_RATIOS = [[2, 3]] * 6  # of each of the six maps, besides 1, and inverted
 _FCOS_GROUPS = 32  # of the GroupNorms in the heads of FCOS
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The arguments of `detector`; classes: with the background."""
-
-    width: float
-    classes: int
-    image_size: Sequence[int]
-    trainable_layers: int
-    norm: Norm
-    channels: int
-    anchor_sizes: Sequence[float]
-    score_threshold: float
-    nms_threshold: float
-    candidates: int
-    detections: int
-
-    @property
-    def normalization(self) -> dict[str, Any]:
-        return {"image_mean": [*IMAGENET_MEAN], "image_std": [*IMAGENET_STD]}
-
-    @property
-    def images(self) -> dict[str, Any]:
-        """How images are resized and normalized, as torchvision's classes name it."""
-        return {"min_size": self.image_size[0], "max_size": self.image_size[-1], **self.normalization}
-
-    @property
-    def postprocessing(self) -> dict[str, Any]:
-        """Which boxes are kept, as one-stage detectors name it."""
-        return {
-            "score_thresh": self.score_threshold, "nms_thresh": self.nms_threshold,
-            "topk_candidates": self.candidates, "detections_per_img": self.detections,
-        }  # fmt: skip
-
-    def pyramid(self, maps: int) -> PyramidBackbone:
-        """Five levels: of 3 maps with the two convolutions of RetinaNet, of 4 with one that is subsampled."""
-        extra = LastLevelP6P7(self.channels, self.channels) if maps == 3 else LastLevelMaxPool()
-        return PyramidBackbone(self.width, maps, self.trainable_layers, self.norm, self.channels, extra)
-
-    def anchors(self, scales: Sequence[float], ratios: Sequence[float]) -> AnchorGenerator:
-        """Anchors of every level: its size times each of `scales`, in each of `ratios`."""
-        sizes = tuple(tuple(int(size * scale) for scale in scales) for size in self.anchor_sizes)
-        return AnchorGenerator(sizes, (tuple(ratios),) * LEVELS)
+_NEVER = -1e4  # a logit whose score is 0
 
 
 def detector(
@@ -90,56 +50,79 @@ def detector(
     candidates: int,
     detections: int,
 ) -> nn.Module:
-    """One of torchvision's detectors, with new weights.
-
-    In training mode it takes images (a list of float32 [3, H, W] in [0, 1], of any sizes) and targets (a list of dicts
-    with `boxes` float32 [n, 4], left, top, right, bottom in pixels, `labels` int64 [n] from 1, for mask_rcnn also
-    `masks` uint8 [n, H, W]) and returns a dict of losses. In evaluation mode it takes the images and returns a list of
-    dicts with `boxes`, `labels`, `scores` [n] and, of mask_rcnn, `masks` float32 [n, 1, H, W] in [0, 1]. The boxes are
-    in the pixels of the images given, best first. `backbone.body` is the RepGhostNet.
+    """One of torchvision's detectors, with new weights (see the module); `backbone.body` is its RepGhostNet.
 
     num_classes: without the background. image_size: shorter side and the most that the longer one may have, to which
-    images are resized; of ssdlite the side of a square. trainable_layers, norm: see `Backbone`; "synchronized" puts
-    SyncBatchNorm everywhere, which trains on GPUs only when there are several ranks. channels: of the feature
-    pyramid, of ssdlite those of its third map. anchor_sizes: side of the square anchor of each of the 5 levels, in
-    pixels of the resized image; of ssdlite the smallest and the largest as a share of the image. score_threshold: the
-    least of a box. nms_threshold: the IoU of two boxes of a class from which on only the better one stays. candidates:
-    boxes that enter the suppression, of a level (retinanet, fcos), a class (ssdlite) or in all, before and after the
-    suppression of the proposals (faster_rcnn, mask_rcnn). detections: boxes of an image, at most.
+    images are resized; of ssdlite the side of a square. trainable_layers, norm: see `Backbone`; "synchronized" makes
+    every BatchNorm a SyncBatchNorm, which several ranks can train on GPUs only. channels: of the feature pyramid, of
+    ssdlite those of its third map. anchor_sizes: side of the square anchors of each of the 5 levels, in pixels of the
+    resized image; of ssdlite the smallest and the largest as a share of the image. score_threshold: the least of a box.
+    nms_threshold: the IoU with a better box of its class above which a box goes. candidates: boxes before that, of a
+    level (retinanet, fcos), of a class (ssdlite), or proposals. detections: boxes of an image, at most.
 
     Raises UserError for an argument that no detector has.
     """
-    if name not in _BUILDERS:
-        raise UserError(f"detector={name}: give one of {', '.join(_BUILDERS)}")
-    if num_classes < 1:
-        raise UserError(f"num_classes={num_classes}: give at least one class")
-    sides, sizes = ((1,), 2) if name == "ssdlite" else ((1, 2), LEVELS)
-    if len(image_size) not in sides:
-        raise UserError(f"detector.image_size={[*image_size]}: {name} takes {' or '.join(map(str, sides))} number(s)")
-    if len(anchor_sizes) != sizes:
-        raise UserError(f"detector.anchor_sizes={[*anchor_sizes]}: {name} takes {sizes} numbers")
-    if name == "fcos" and channels % _FCOS_GROUPS:
-        raise UserError(f"detector.channels={channels}: fcos takes multiples of {_FCOS_GROUPS}")
-    settings = _Settings(
-        width, num_classes + 1, image_size, trainable_layers, norm, channels, anchor_sizes, score_threshold,
-        nms_threshold, candidates, detections,
-    )  # fmt: skip
-    model = _BUILDERS[name](settings)
+    _require_possible(name, num_classes, image_size, channels, anchor_sizes)
+    body, classes = (width, trainable_layers, norm), num_classes + 1
+    kept: dict[str, Any] = {
+        "score_thresh": score_threshold, "nms_thresh": nms_threshold, "detections_per_img": detections
+    }  # fmt: skip
+    images = {"min_size": image_size[0], "max_size": image_size[-1], **_IMAGENET}
+    model: Any
+    if name == "ssdlite":
+        model = _ssdlite(SSDLiteBackbone(*body, channels), classes, image_size[0], anchor_sizes, candidates, kept)
+    elif name in ("retinanet", "fcos"):
+        pyramid = PyramidBackbone(*body, 3, channels, LastLevelP6P7(channels, channels))
+        kind, scales, ratios = (RetinaNet, _OCTAVE, _RATIOS) if name == "retinanet" else (FCOS, (1,), (1.0,))
+        anchors = _anchors(anchor_sizes, scales, ratios)
+        model = kind(pyramid, classes, anchor_generator=anchors, topk_candidates=candidates, **kept, **images)
+        _without_background(model.head.classification_head.cls_logits, classes)
+    else:
+        pyramid = PyramidBackbone(*body, 4, channels, LastLevelMaxPool())
+        proposals = dict.fromkeys(("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test"), candidates)
+        of_boxes = {f"box_{key}": value for key, value in kept.items()}
+        anchors = _anchors(anchor_sizes, (1,), _RATIOS)
+        kind = MaskRCNN if name == "mask_rcnn" else FasterRCNN
+        model = kind(pyramid, classes, rpn_anchor_generator=anchors, **proposals, **of_boxes, **images)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if norm == "synchronized" else model
 
 
-def _retinanet(s: _Settings) -> RetinaNet:
-    anchors = s.anchors([2 ** (third / 3) for third in range(3)], _RATIOS)
-    model = RetinaNet(s.pyramid(3), s.classes, anchor_generator=anchors, **s.images, **s.postprocessing)
-    _without_background(model.head.classification_head.cls_logits, s.classes)
-    return model
+def _require_possible(
+    name: str, num_classes: int, image_size: Sequence[int], channels: int, anchor_sizes: Sequence[float]
+) -> None:
+    """Raises UserError for arguments that do not fit to the detector."""
+    if name not in get_args(Name):
+        raise UserError(f"detector={name}: give one of {', '.join(get_args(Name))}")
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: give at least one class")
+    counts, sizes = ((1,), 2) if name == "ssdlite" else ((1, 2), 5)
+    if len(image_size) not in counts:
+        raise UserError(f"detector.image_size={[*image_size]}: {name} takes {' or '.join(map(str, counts))} number(s)")
+    if len(anchor_sizes) != sizes:
+        raise UserError(f"detector.anchor_sizes={[*anchor_sizes]}: {name} takes {sizes} numbers")
+    if name == "fcos" and (channels % _FCOS_GROUPS or channels == _FCOS_GROUPS):  # which fails on a map of one pixel
+        raise UserError(
+            f"detector.channels={channels}: fcos takes multiples of {_FCOS_GROUPS} from {2 * _FCOS_GROUPS} on"
+        )
 
 
-def _fcos(s: _Settings) -> FCOS:
-    anchors = s.anchors([1], [1.0])  # points, which FCOS describes by squares
-    model = FCOS(s.pyramid(3), s.classes, anchor_generator=anchors, **s.images, **s.postprocessing)
-    _without_background(model.head.classification_head.cls_logits, s.classes)
-    return model
+def _ssdlite(
+    backbone: SSDLiteBackbone,
+    classes: int,
+    side: int,
+    anchor_sizes: Sequence[float],
+    candidates: int,
+    kept: dict[str, Any],
+) -> SSD:
+    anchors = DefaultBoxGenerator(_SSD_RATIOS, *anchor_sizes)
+    head = SSDLiteHead(backbone.out_channels, anchors.num_anchors_per_location(), classes, SSDLITE_NORM)
+    return SSD(backbone, anchors, (side, side), classes, head=head, topk_candidates=candidates, **kept, **_IMAGENET)
+
+
+def _anchors(sizes: Sequence[float], scales: Sequence[float], ratios: Sequence[float]) -> AnchorGenerator:
+    """Anchors of every level: its size times each of `scales`, in each of `ratios`."""
+    sides = tuple(tuple(int(size * scale) for scale in scales) for size in sizes)
+    return AnchorGenerator(sides, (tuple(ratios),) * len(sides))
 
 
 @torch.no_grad()
@@ -147,35 +130,3 @@ def _without_background(logits: nn.Conv2d, classes: int) -> None:
     """Lets no box have the label 0, for which torchvision's heads with a sigmoid a class have an output as well."""
     assert logits.bias is not None
     logits.bias[::classes] = _NEVER
-
-
-def _rcnn(kind: type[FasterRCNN], s: _Settings) -> FasterRCNN:
-    return kind(
-        s.pyramid(4),
-        s.classes,
-        rpn_anchor_generator=s.anchors([1], _RATIOS),
-        rpn_pre_nms_top_n_test=s.candidates,
-        rpn_post_nms_top_n_test=s.candidates,
-        box_score_thresh=s.score_threshold,
-        box_nms_thresh=s.nms_threshold,
-        box_detections_per_img=s.detections,
-        **s.images,
-    )
-
-
-def _ssdlite(s: _Settings) -> SSD:
-    backbone = SSDLiteBackbone(s.width, s.trainable_layers, s.norm, s.channels)
-    smallest, largest = s.anchor_sizes
-    anchors = DefaultBoxGenerator([_SSD_RATIOS] * SSD_MAPS, min_ratio=smallest, max_ratio=largest)
-    head = SSDLiteHead(backbone.out_channels, anchors.num_anchors_per_location(), s.classes, SSDLITE_NORM)
-    size = (s.image_size[0], s.image_size[0])
-    return SSD(backbone, anchors, size, s.classes, head=head, **s.normalization, **s.postprocessing)
-
-
-_BUILDERS: dict[str, Callable[[_Settings], nn.Module]] = {
-    "retinanet": _retinanet,
-    "faster_rcnn": lambda s: _rcnn(FasterRCNN, s),
-    "mask_rcnn": lambda s: _rcnn(MaskRCNN, s),
-    "ssdlite": _ssdlite,
-    "fcos": _fcos,
-}

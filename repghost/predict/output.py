@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,17 +25,25 @@ from repghost.text import as_cell
 
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is no terminal
 
-Predict = Callable[[Callable[[str, Exception], None]], Iterable[Prediction]]
+Predict = Callable[[Callable[[str, Exception], None]], Iterable[Any]]
 
 
 def write_predictions(
-    predict: Predict, total: int, form: str, out: Path | None, picture_name: Callable[[str], Path] | None
+    predict: Predict,
+    total: int,
+    form: str,
+    out: Path | None,
+    picture_name: Callable[[str], Path] | None,
+    draw: Callable[[Any], Image.Image] | None = None,
+    line: Callable[[Any], str] | None = None,
 ) -> int:
     """Writes all predictions in a format and returns the exit code: 1 where there are none.
 
     predict: gives them when it is called with what takes the images that cannot be read. total: number of images. out:
-    None for the terminal. picture_name: see `picture_names`.
+    None for the terminal. picture_name: see `picture_names`. draw, line: picture and line of JSON of a prediction that
+    is no `Prediction`.
     """
+    draw, line = draw or annotated, line or as_json
     predicted = skipped = 0
     said = time.monotonic()
 
@@ -56,11 +64,11 @@ def write_predictions(
             if picture_name is not None and prediction.image is not None:
                 path = picture_name(prediction.file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                annotated(prediction.image, prediction.top).save(path)
+                draw(prediction).save(path)
             elif form == "csv":
                 write_csv(prediction, output, header=not predicted)
             else:
-                print(as_table(prediction, output) if form == "table" else as_json(prediction), file=output)
+                print(as_table(prediction, output) if form == "table" else line(prediction), file=output)
             predicted += 1
             if lines and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
@@ -93,9 +101,11 @@ def write_csv(prediction: Prediction, output: TextIO, header: bool) -> None:
     writer.writerow([printable(as_cell(prediction.file), output), *(cell for row in cells for cell in row)])
 
 
-def annotated(image: Image.Image, top: Sequence[tuple[int, str, float]]) -> Image.Image:
+def annotated(prediction: Prediction) -> Image.Image:
     """A copy of the image with its classes in a band below it."""
-    text, margin = "\n".join(f"{p:6.1%}  {printable(name)}" for _, name, p in top), 8
+    image = prediction.image
+    assert image is not None
+    text, margin = "\n".join(f"{p:6.1%}  {printable(name)}" for _, name, p in prediction.top), 8
     font = ImageFont.load_default(max(12, min(image.size) // 24))
     left, upper, right, lower = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
     width, height = round(right - left) + 2 * margin, round(lower - upper) + 2 * margin

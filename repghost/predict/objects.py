@@ -1,0 +1,98 @@
+"""The objects that the detector of a run finds in images, as JSON lines and drawn into copies of the images.
+
+The detector is in fused form, in float32, on the GPU where there is one, and sees one image at a time: what it finds
+does not depend on the others. Check: `pytest tests/test_detection_use.py`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from repghost.detection.masks import MASK_THRESHOLD, run_lengths
+from repghost.detection.run import load_detector
+from repghost.errors import printable
+from repghost.images import read_image
+from repghost.predict.output import picture_names, write_predictions
+from repghost.reparameterization import reparameterize
+
+LINES = "predictions.jsonl"  # beside the pictures
+
+
+class Objects(NamedTuple):
+    """What is found in one image, best first.
+
+    boxes: float32 [N, 4], left, top, right, bottom in pixels. masks: float32 [N, 1, H, W], probabilities, or None.
+    """
+
+    file: str
+    image: Image.Image
+    boxes: Tensor
+    names: list[str]
+    scores: Tensor
+    masks: Tensor | None
+
+    def as_json(self) -> str:
+        """One line of JSON in ASCII; masks are COCO's RLEs."""
+        boxes = [[round(side, 2) for side in box] for box in self.boxes.tolist()]
+        scores = [round(score, 6) for score in self.scores.tolist()]
+        line = {"file": self.file, "boxes": boxes, "labels": self.names, "scores": scores}
+        if self.masks is not None:
+            size = [self.image.height, self.image.width]
+            line["masks"] = [{"size": size, "counts": counts.decode()} for counts in run_lengths(self.masks)]
+        return json.dumps(line)
+
+    def drawn(self) -> Image.Image:
+        """A copy of the image with masks, boxes, names and scores."""
+        picture = pil_to_tensor(self.image)
+        if self.masks is not None and len(self.masks):
+            picture = draw_segmentation_masks(picture, self.masks[:, 0] >= MASK_THRESHOLD, alpha=0.5)
+        if len(self.boxes):
+            labels = [f"{printable(n)} {s:.0%}" for n, s in zip(self.names, self.scores.tolist(), strict=True)]
+            picture = draw_bounding_boxes(picture, self.boxes, labels, width=max(1, min(self.image.size) // 200))
+        return to_pil_image(picture)
+
+
+def predict_objects(
+    paths: Sequence[str], images: Sequence[str], run: Path, selection: str, score: float, form: str, out: Path | None
+) -> int:
+    """Finds objects in `images`, which `paths` stand for, and returns the exit code.
+
+    score: the least of an object. form: "jsonl", in the file `out` or on the terminal, or "pictures", in the folder
+    `out`, with the same lines beside them.
+    """
+    picture_name = picture_names(out, paths) if form == "pictures" and out else None
+    model, classes, _ = load_detector(run, selection)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fused = reparameterize(model).to(device)
+
+    @torch.inference_mode()
+    def found(on_error: Callable[[str, Exception], None]) -> Iterator[Objects]:
+        for file in images:
+            try:
+                image = read_image(file)
+            except Exception as error:  # a decoder may raise anything
+                on_error(file, error)
+                continue
+            output = {key: value.cpu() for key, value in fused([to_tensor(image).to(device)])[0].items()}
+            kept = {key: value[output["scores"] >= score] for key, value in output.items()}
+            names = [classes[label - 1] for label in kept["labels"].tolist()]
+            yield Objects(file, image, kept["boxes"], names, kept["scores"], kept.get("masks"))
+
+    def with_lines(on_error: Callable[[str, Exception], None]) -> Iterator[Objects]:
+        if picture_name is None or out is None:
+            yield from found(on_error)
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / LINES, "w", encoding="utf-8") as lines:
+            for objects in found(on_error):
+                print(objects.as_json(), file=lines)
+                yield objects
+
+    return write_predictions(with_lines, len(images), form, out, picture_name, draw=Objects.drawn, line=Objects.as_json)
