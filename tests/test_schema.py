@@ -22,11 +22,16 @@ from repghost.evaluation.reports import REPORTS
 from repghost.reference import PUBLISHED
 from repghost.run import SELECTIONS, flat
 from repghost.schema.check import PROGRAMS, check_values, keys
-from repghost.schema.help import help_text
+from repghost.schema.help import help_text, is_meant_for
 from repghost.training.trainer import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
-NEEDED = {"train": ["data.root=x"], "evaluate": ["data.root=x", "weights=timm"]}
+NEEDED = {
+    "train": ["data.root=x"],
+    "evaluate": ["data.root=x", "weights=timm"],
+    "train_detection": ["data.root=x", "weights=timm"],
+    "evaluate_detection": ["data.root=x", "run=x"],
+}
 
 
 def composed(program: str, *overrides: str) -> Any:
@@ -99,7 +104,7 @@ TRIED = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_key_refuses_what_cannot_be_meant(program: str) -> None:
     known, parser = keys(program), OverridesParser.create()
-    loggers = ("csv", "wandb", "tensorboard") if program == "train" else ()
+    loggers = ("csv", "wandb", "tensorboard") if program.startswith("train") else ()
     contents = {name: OmegaConf.to_container(composed(program, f"logger={name}"), resolve=True) for name in loggers}
     contents[""] = OmegaConf.to_container(composed(program), resolve=True)
     for _, key, value in sorted(row for row in TRIED if row[0] == program):
@@ -125,7 +130,7 @@ def test_the_table_is_as_long_as_the_schema() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_schema_and_conf_have_the_same_keys(program: str) -> None:
-    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program == "train" else [[]]
+    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program.startswith("train") else [[]]
     configs = [composed(program, *choice) for choice in choices]
     in_conf = {key for config in configs for key in flat(OmegaConf.to_container(config, resolve=False))}
     parts = {key for key, entry in keys(program).items() if entry.is_part}
@@ -299,7 +304,7 @@ def test_help_explains_every_key_and_choice(program: str) -> None:
             (line,) = re.findall(rf"^  {re.escape(key)}(?:=.*?)?  .*", said, re.MULTILINE)
             assert entry.sentence and line.endswith(f"{entry.sentence} ({entry.words})")
     for file in CONF.glob("*/*.yaml"):
-        fits = "test_set:" not in file.read_text() or program == "evaluate"
+        fits = is_meant_for(program, file.parent.name, file.read_text())
         assert (f"  {file.parent.name}={file.stem} " in said) == (fits and file.parent.name in keys(program))
     assert "recipe=paper" not in said or re.search(r"recipe=paper .*\(default\)$", said, re.MULTILINE)
 

@@ -35,7 +35,9 @@ _Scales = Annotated[
     AfterValidator(ascending),
     Field(min_length=2, max_length=2, json_schema_extra={"shape": "[LOW,HIGH] in this order"}),
 ]
-_Sizes = Annotated[list[Annotated[int, Field(ge=32, le=4096)]], AfterValidator(ascending), Field(max_length=2)]
+_Sizes = Annotated[
+    list[Annotated[int, Field(ge=32, le=4096)]], AfterValidator(ascending), Field(min_length=1, max_length=2)
+]
 
 
 class BoxAugment(Part):
@@ -58,7 +60,9 @@ class DetectionRecipe(Part):
     warmup_steps: Annotated[int, Field(ge=0)] = key("steps of linear warm-up")
     warmup_factor: ShareAboveZero = key("share of the learning rate that the warm-up begins with")
     schedule: Literal["steps", "cosine"] = key("steps: times decay after each milestone; cosine: down to 0")
-    milestones: list[Count] = key("schedule=steps: epochs after which the learning rate falls")
+    milestones: Annotated[list[Count], Field(min_length=1)] | None = key(
+        "schedule=steps: epochs after which the learning rate falls; null: none"
+    )
     decay: ShareAboveZero = key("schedule=steps: factor of the learning rate at a milestone")
     momentum: ShareBelowOne = key("of SGD")
     weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
@@ -86,7 +90,7 @@ class Detector(Part):
         "BatchNorm: with the statistics of weights, over the images of all GPUs, or over those of each"
     )
     channels: Annotated[int, Field(ge=1, le=4096)] = key("of the feature pyramid, or of ssdlite's first extra map")
-    anchor_sizes: list[Positive] = key(
+    anchor_sizes: Annotated[list[Positive], Field(min_length=2, max_length=5)] = key(
         "side in pixels of the anchors of each level; ssdlite: smallest and largest share of the image"
     )
     score_threshold: Share = key("least score of a box")
@@ -114,10 +118,6 @@ class DetectionTrainingData(DetectionFolder):
     batch_size: Any = follows("batch_size")
     augment: Any = follows("recipe.augment")
     seed: Any = follows("seed")
-
-
-class DetectionEvaluationData(DetectionFolder):
-    masks: Any = Field(None, json_schema_extra={"unread": True})  # false
 
 
 class Module(Part):
@@ -160,7 +160,7 @@ class TrainDetection(Training):
 class EvaluateDetection(Shared):
     """conf/evaluate_detection.yaml."""
 
-    task: Literal["detection"] = Field(json_schema_extra={"unread": True})
+    task: Literal["detection"] = key("what was trained", json_schema_extra={"words": "classification or detection"})
     run: Path = key("a run's folder: its averaged weights, and its data unless given here")
     selection: Literal["last", "best_ema"] = key("which of the run's epochs")
     precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
@@ -168,5 +168,5 @@ class EvaluateDetection(Shared):
         "files in the run's folder: AP of every class, COCO's results in JSON, the best and worst images",
         json_schema_extra={"words": "one of classes, predictions, pictures, null, or several: [classes,pictures]"},
     )
-    data: DetectionEvaluationData
+    data: DetectionFolder
     trainer: Devices

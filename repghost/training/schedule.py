@@ -49,7 +49,7 @@ def step_learning_rate(
     if recipe["schedule"] == "cosine":
         factor = 0.5 * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch)))
     else:
-        factor = recipe["decay"] ** sum(step >= epoch * steps_per_epoch for epoch in recipe["milestones"])
+        factor = recipe["decay"] ** sum(step >= epoch * steps_per_epoch for epoch in recipe["milestones"] or ())
     if step < (warmup := recipe["warmup_steps"]):
         factor *= recipe["warmup_factor"] + (1 - recipe["warmup_factor"]) * step / warmup
     return float(peak * factor)
