@@ -69,6 +69,11 @@ class CocoIndex(Index):
         return ~self.objects["crowd"] & (sides > 0).all(axis=1)
 
     @cached_property
+    def shown(self) -> np.ndarray:
+        """int64 [K]: the images that have objects to learn."""
+        return np.unique(self.objects["image"][self.learned])
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of images, categories and annotations: tells data sets apart, wherever they lie."""
         digest = sha256(f"{super().fingerprint} {self.category_ids}".encode())

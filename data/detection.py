@@ -173,9 +173,7 @@ class DetectionTraining(ShardTraining[CocoIndex], DetectionData):
     def _rows(self) -> np.ndarray:
         """int64 [M]: the training images that an epoch has."""
         index = self.index("train")
-        learned = np.zeros(len(index), np.int64)
-        np.add.at(learned, index.objects["image"][index.learned], 1)
-        return np.arange(len(index)) if self.empty_images else np.flatnonzero(learned)
+        return np.arange(len(index)) if self.empty_images else index.shown
 
     def _count(self, split: str) -> int:
         return len(self._rows()) if split == "train" else super()._count(split)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -26,7 +27,7 @@ from repghost.errors import UserError, printable
 from repghost.files import read_file, regular_file
 
 FILE_BYTES = 4_000_000_000  # of instances_*.json; COCO's has 0.45 billion
-LARGEST = 1_000_000  # of a coordinate in pixels
+FARTHEST, LARGEST = 1e5, 1e12  # of a coordinate and of an area, in pixels
 KEPT = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation")  # of an annotation, in the shards
 Json = dict[str, Any]
 
@@ -219,7 +220,7 @@ def _annotation_fault(annotation: Json, image: Json | None, categories: dict[int
         return f"there is no category {category!r:.40}"
     if type(annotation["iscrowd"]) is not int or annotation["iscrowd"] not in (0, 1):
         return f"its iscrowd is {annotation['iscrowd']!r:.20}, neither 0 nor 1"
-    if not _are_numbers([annotation["area"]]) or annotation["area"] < 0:
+    if not _are_numbers([annotation["area"]], LARGEST) or annotation["area"] < 0:
         return f"its area is {annotation['area']!r:.20}, not a number from 0 on"
     box = annotation["bbox"]
     if not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
@@ -234,7 +235,7 @@ def _segmentation_fault(segmentation: object, height: int, width: int) -> str | 
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not _are_numbers(polygon):
-                return "its segmentation has a polygon that is not a list of numbers"
+                return "its segmentation has a polygon that is not a list of coordinates"
             if len(polygon) < 6 or len(polygon) % 2:
                 return f"its segmentation has a polygon of {len(polygon)} numbers, not x and y of three points or more"
         return None
@@ -245,7 +246,7 @@ def _segmentation_fault(segmentation: object, height: int, width: int) -> str | 
     counts = segmentation["counts"]
     if isinstance(counts, str):
         return _compressed_fault(segmentation, height, width)
-    if not _are_numbers(counts) or not all(type(n) is int and n >= 0 for n in counts):
+    if not _are_numbers(counts, LARGEST) or not all(type(n) is int and n >= 0 for n in counts):
         return "the counts of its RLE are neither whole numbers from 0 on nor a string"
     if sum(counts) != height * width:
         return f"the counts of its RLE add up to {sum(counts)}, not to the {height * width} pixels of its image"
@@ -266,6 +267,8 @@ def _is_id(value: object) -> TypeGuard[int]:
     return type(value) is int and abs(value) < 2**63
 
 
-def _are_numbers(value: object) -> TypeGuard[list[int | float]]:
-    """Whether it is a list of numbers of which each may be a coordinate or an area."""
-    return isinstance(value, list) and all(type(x) in (int, float) and abs(x) <= LARGEST**2 for x in value)
+def _are_numbers(value: object, limit: float = FARTHEST) -> TypeGuard[list[int | float]]:
+    """Whether it is a list of finite numbers, up to the limit. Polygons far outside take minutes and memory to draw."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {int, float}:
+        return False
+    return not value or (min(value) >= -limit and max(value) <= limit and all(map(isfinite, value)))
