@@ -158,12 +158,16 @@ def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> 
     """
     # Not Hydra's own part, which the config of a sweep's job has.
     checked = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    task = program.partition("_")[2] or "classification"
+    if config.get("task", task) != task and "task" not in given:
+        raise UserError(f"a choice of the command is for task={config.task}: give that, or another choice")
     try:
         values = OmegaConf.to_container(checked, resolve=True)
     except InterpolationKeyError as error:
-        raise UserError(f"{error.full_key}: {' '.join(str(error.msg).split())}: a choice is for another task") from None
+        problem = str(error.msg).partition("\n")[0]
+        raise UserError(f"{error.full_key}: {problem}: a choice of the command is for another task") from None
     assert isinstance(values, dict)
-    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     check_values(program, {str(key): value for key, value in values.items()}, given)
     if not program.startswith("train"):  # an evaluation may take from its run what is missing here
         return

@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from data.rand_augment import MAX_OPERATIONS
-from repghost.command_line import CONF, compose_config, read_command_line, read_override
+from repghost.command_line import CONF, compose_config, program_of, read_command_line, read_override
+from repghost.detection.backbone import Norm
+from repghost.detection.detectors import Name
+from repghost.detection.reports import REPORTS as DETECTION_REPORTS
 from repghost.errors import UserError
 from repghost.evaluation.reports import REPORTS
 from repghost.reference import PUBLISHED
@@ -148,6 +151,12 @@ def test_choices_of_the_schema_are_those_of_the_code() -> None:
     assert set(found["selection"]) - {"or"} == set(SELECTIONS)
     assert set(found["report"]) - {"one", "of", "null", "or", "several"} == set(REPORTS)
     assert set(found["precision"]) - {"one", "of"} == {"auto", *PRECISIONS}
+    detection = {key: re.findall(r"[a-z0-9_]+", entry.words) for key, entry in keys("evaluate_detection").items()}
+    assert set(detection["report"]) - {"one", "of", "null", "or", "several"} == set(DETECTION_REPORTS)
+    assert set(detection["selection"]) - {"or"} == set(SELECTIONS)
+    words = keys("train_detection")
+    assert set(re.findall("[a-z_]+", words["detector.name"].words)) - {"one", "of"} == set(get_args(Name))
+    assert set(re.findall("[a-z]+", words["detector.norm"].words)) - {"one", "of"} == set(get_args(Norm))
     assert keys("train")["recipe.augment.rand_augment.operations"].words.endswith(f"to {MAX_OPERATIONS}")
 
 
@@ -188,8 +197,8 @@ TOGETHER = [
     (["+foo=1"], "foo=1: no such key"),
     (["+trainer.max_steps=1"], "trainer.max_steps=1: no such key"),
     (["logger=null"], "logger=null: give one of csv, tensorboard, wandb"),
-    (["data=5"], "data=5: give one of digits, imagenet, imagenet_a"),
-    (["recipe=best"], "recipe=best: give one of finetune, paper, quick"),
+    (["data=5"], "data=5: give one of coco, digits, digits_scenes, imagenet, imagenet_a"),
+    (["recipe=best"], "recipe=best: give one of coco_1x, finetune, paper, quick, quick_detection, ssdlite_320"),
     (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
     (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),
     (["name=.."], "name=..: give the name of a folder"),
@@ -200,12 +209,57 @@ TOGETHER = [
     (["seed=" + "1" * 5000], "seed=111"),
     (["width"], "width: neither KEY=VALUE nor a flag"),
     (["name=\udce9"], "name=\\udce9: not UTF-8, rename it"),
+    (["task=other"], "task=other: give classification or detection"),
+    (["recipe=coco_1x"], "a choice of the command is for task=detection: give that, or another choice"),
+    (["data=digits_scenes"], "a choice of the command is for task=detection"),
+    (["recipe.warmup_steps=5"], "recipe.warmup_steps=5: another task or command has this key"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), TOGETHER, ids=lambda value: str(value)[:40])
 def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
     assert refused("train", *overrides).startswith(message)
+
+
+OF_DETECTION = [
+    (["recipe.label_smoothing=0.1"], "recipe.label_smoothing=0.1: another task or command has this key"),
+    (["image_size=320"], "image_size=320: another task or command has this key"),
+    (["recipe=paper"], "a choice of the command is for task=classification"),
+    (
+        ["data=imagenet"],
+        "data.loader: Interpolation key 'loader' not found: a choice of the command is for another task",
+    ),
+    (["weights=null"], "detector.norm=frozen: random weights would never learn: give weights=timm"),
+    (["weights=null", "detector.norm=trained"], "detector.trainable_layers=3: random weights would never learn"),
+    (["data.masks=true"], "data.masks=true: detector=retinanet has no masks"),
+    (["detector=mask_rcnn", "data.masks=false"], "data.masks=false: detector=mask_rcnn has masks"),
+    (["detector=yolo"], "detector=yolo: give one of faster_rcnn, fcos, mask_rcnn, retinanet, ssdlite"),
+    (["module.width=2"], "module.width has the value of width: give width=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), OF_DETECTION, ids=lambda value: str(value)[:40])
+def test_mistakes_of_a_detector_are_one_line(overrides: list[str], message: str) -> None:
+    assert refused("train_detection", *overrides).startswith(message)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"])
+def test_every_detector_is_taken(detector: str) -> None:
+    config = composed("train_detection", f"detector={detector}")
+    assert config.data.masks == (detector == "mask_rcnn") and config.module.detector == detector
+    composed("train_detection", "data=digits_scenes", "recipe=quick_detection", f"detector={detector}", "weights=null")
+
+
+def test_the_config_is_that_of_the_task_or_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: detection\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("epochs: 3\n")
+    assert program_of("train", ["width=1"]) == program_of("train", ["task=other"]) == "train"
+    assert program_of("train", ["--help", "task=detection"]) == "train_detection"
+    assert program_of("evaluate", [f"run={tmp_path}", "report=classes"]) == "evaluate_detection"
+    assert program_of("evaluate", [f"run={tmp_path}/other"]) == program_of("evaluate", ["run=nothing"]) == "evaluate"
+    with pytest.raises(UserError, match="a sweep is of one task"):
+        program_of("train", ["-m", "task=classification,detection"])
 
 
 def test_an_evaluation_is_of_a_run_or_of_weights() -> None:

@@ -131,8 +131,6 @@ def _message(program: str, error: ErrorDetails, values: Mapping[str, Any], given
             return unknown_key(argument, name, known)
         command = program.partition("_")[0]
         return f"{argument}: no key of {command}.py; a choice that sets it is for another command or task"
-    if name == "task" and name not in given:
-        return f"a choice of the command is for {name}={shown(_value(values, name))}: give that, or another choice"
     words = known[name].words if name in known else "what conf/ has"
     return f"{name}={shown(_value(values, name))}: give {words}"
 
