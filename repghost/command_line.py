@@ -24,6 +24,7 @@ from omegaconf.errors import InterpolationKeyError
 
 from repghost.errors import UserError
 from repghost.schema.check import PROGRAMS, Key, check_values, keys, shown, unknown_key
+from repghost.schema.help import task_of, task_of_choice
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -159,9 +160,10 @@ def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> 
     # Not Hydra's own part, which the config of a sweep's job has.
     checked = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    task = program.partition("_")[2] or "classification"
-    if config.get("task", task) != task and "task" not in given:
-        raise UserError(f"a choice of the command is for task={config.task}: give that, or another choice")
+    for argument in overrides:
+        group, _, choice = argument.partition("=")
+        if (task := task_of_choice(group, choice, CONF)) and task != task_of(program):
+            raise UserError(f"{shown(argument)}: for task={task}, not for task={task_of(program)}")
     try:
         values = OmegaConf.to_container(checked, resolve=True)
     except InterpolationKeyError as error:

@@ -39,18 +39,26 @@ def _group_rows(program: str, conf: Path) -> Iterator[str]:
     for group in sorted(chosen.keys() & keys(program).keys()):
         for file in sorted((conf / group).glob("*.yaml")):
             text = file.read_text()
-            if not is_meant_for(program, group, text):
+            if "\ntest_set:" in text and "test_set" not in keys(program):
+                continue
+            if task_of_choice(group, file.stem, conf) not in (None, task_of(program)):
                 continue
             comments = [line for line in text.splitlines() if line.startswith("# ") and "@" not in line]
             by_default = " (default)" if file.stem == chosen[group] else ""
             yield f"  {f'{group}={file.stem}':<{_COLUMN}}  {comments[0].removeprefix('# ')}{by_default}"
 
 
-def is_meant_for(program: str, group: str, choice: str) -> bool:
-    """Whether a choice of a group, the text of its file, is for the command and the task of `program`."""
-    if "\ntest_set:" in choice and "test_set" not in keys(program):
-        return False
-    return group not in ("data", "recipe") or ("\ntask: detection" in choice) == program.endswith("_detection")
+def task_of(program: str) -> str:
+    """The task that `program`, one of PROGRAMS, is for."""
+    return program.partition("_")[2] or "classification"
+
+
+def task_of_choice(group: str, choice: str, conf: Path) -> str | None:
+    """The task that a data set or recipe is for, by its file in the folder `conf`; None for what is no such file."""
+    path = conf / group / f"{choice}.yaml"
+    if group not in ("data", "recipe") or not path.is_file():
+        return None
+    return "detection" if "\ntask: detection" in path.read_text() else "classification"
 
 
 def key_rows(program: str, conf: Path) -> Iterator[str]:
