@@ -3,11 +3,12 @@
     python benchmarks/kill.py --kills 50
     python benchmarks/kill.py --kills 10 --task detection
 
-Trains a tiny network on the embedded digits, or a tiny detector on a part of the embedded scenes, kills the process at a random moment, starts the same command again, and
-so on, five kills a run; then lets the run finish and compares weights, average, optimizer, best epochs, metrics.csv and
-evaluation. A fifth of the kills hit the writing of a checkpoint (its temporary file is there, and is left behind), a
-tenth a validation (its progress bar is the last one drawn); nothing in train.py knows of this. Writes a row for each
-kill into results/kill.csv and the summary into results/kill.md (kill_detection.*); exit code 1 when anything differed.
+Trains a tiny network on the embedded digits, or a tiny detector on the embedded scenes, kills the process at a random
+moment, starts the same command again, and so on, five kills a run; then lets the run finish and compares weights,
+average, optimizer, best epochs, metrics.csv and evaluation. A fifth of the kills hit the writing of a checkpoint (its
+temporary file is there, and is left behind), a tenth a validation (its progress bar is the last one drawn); nothing in
+train.py knows of this. Writes a row for each kill into results/kill.csv and the summary into results/kill.md, of
+detectors results/kill_detection.*; exit code 1 when anything differed.
 """
 
 import argparse
