@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster check-gpu lint format lock table reproduce clean
+.PHONY: help demo demo-detection test test-slow test-cluster check-gpu lint format lock table reproduce clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -15,6 +15,12 @@ demo: $(READY) ## train on the embedded digits, fuse, evaluate, print the result
 	$(BIN)/python train.py data=digits recipe=quick width=0.5 trainer=cpu name=demo
 	@echo
 	@$(BIN)/python -m repghost.results
+
+demo-detection: $(READY) ## train a detector on the embedded scenes, fuse, evaluate, print the result table (5 minutes on two cores)
+	rm -rf outputs/demo-detection
+	$(BIN)/python train.py task=detection data=digits_scenes recipe=quick_detection detector=fcos width=0.5 trainer=cpu name=demo-detection
+	@echo
+	@$(BIN)/python -m repghost.detection.results
 
 test: $(READY) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"

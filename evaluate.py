@@ -32,13 +32,17 @@ def run(config: DictConfig) -> None:
     """Evaluates what `config` names, as one of its ranks."""
     from hydra.utils import instantiate
 
-    from repghost.evaluation.evaluate import evaluate, record, subject_of
     from repghost.export.runtimes import is_exported, open_exported
     from repghost.files import require_writable
     from repghost.training.loggers import SpeedBar
 
+    if config.get("task") == "detection":
+        from repghost.detection.evaluate import evaluate, record, subject_of
+    else:
+        from repghost.evaluation.evaluate import evaluate, record, subject_of
+
     exported = None
-    if is_exported(config.weights):
+    if is_exported(config.get("weights")):
         exported = open_exported(config.weights, config.image_size, config.precision, config.data.augment)
     trainer = instantiate(config.trainer)(directory=Path.cwd(), callbacks=[SpeedBar(refresh_rate=1)])
     data = instantiate(config.data)

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before anything that takes a moment to import
     end_at_once_on_signals()
 
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -46,17 +45,18 @@ def train(config: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from repghost.description import describe_run
-    from repghost.errors import print_rank_zero
-    from repghost.evaluation.evaluate import evaluate_run
-    from repghost.reference import reference_curve
     from repghost.run import record_run
     from repghost.run_name import folder_of
     from repghost.training.checkpoint import AtomicCheckpointIO, Checkpoints, resume_point
     from repghost.training.loggers import RunFiles, SpeedBar, make_logger
     from repghost.training.profiler import StepProfiler
-    from repghost.training.recipe import describe
-    from repghost.training.trainer import compiles, keep_compiled
-    from repghost.weights import start_from
+
+    if config.task == "detection":
+        from repghost.detection.evaluate import evaluate_run
+        from repghost.detection.module import prepare
+    else:
+        from repghost.evaluation.evaluate import evaluate_run
+        from repghost.training.recipe import prepare
 
     directory = folder_of(config)
     folder = directory / "checkpoints"
@@ -75,20 +75,9 @@ def train(config: DictConfig) -> None:
         index = data.index("train")
         checkpoints.description = describe_run(config, index.classes, index.fingerprint)
         pl.seed_everything(config.seed, verbose=False)  # the initial weights; all later draws have seeds of their own
-        model = instantiate(config.model, num_classes=data.num_classes)
-        if config.weights:
-            start_from(model, config.weights)
-        data.augment.match_step(trainer.strategy.root_device, trainer.precision, config.channels_last)
-        if compiles(config.compile, trainer.strategy.root_device):
-            keep_compiled(Path(config.data.cache) / "compiled")
-            print_rank_zero("compile    the first batches take a minute or two, in which the step is compiled, once")
-            data.augment.compile()
-        classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
-        files.official = reference_curve(config.width, config.epochs, data.counts)
-        paper = Path(__file__).parent / "conf/recipe/paper.yaml"
-        describe(config, paper, trainer, data, model, files.official is not None)
+        module, files.official = prepare(config, trainer, data)
         checkpoints.record = partial(record_run, directory, config, data)
-        trainer.fit(classifier, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=resume_point(folder), weights_only=True)
         evaluate_run(directory, config, trainer, data)
 
 

@@ -1,12 +1,14 @@
 """Kills runs with SIGKILL and compares what they come to with a run that nobody disturbed: bit for bit, or not.
 
     python benchmarks/kill.py --kills 50
+    python benchmarks/kill.py --kills 10 --task detection
 
-Trains a tiny network on the embedded digits, kills the process at a random moment, starts the same command again, and
-so on, five kills a run; then lets the run finish and compares weights, average, optimizer, best epochs, metrics.csv and
-evaluation. A fifth of the kills hit the writing of a checkpoint (its temporary file is there, and is left behind), a
-tenth a validation (its progress bar is the last one drawn); nothing in train.py knows of this. Writes a row for each
-kill into results/kill.csv and the summary into results/kill.md; exit code 1 when anything differed.
+Trains a tiny network on the embedded digits, or a tiny detector on the embedded scenes, kills the process at a random
+moment, starts the same command again, and so on, five kills a run; then lets the run finish and compares weights,
+average, optimizer, best epochs, metrics.csv and evaluation. A fifth of the kills hit the writing of a checkpoint (its
+temporary file is there, and is left behind), a tenth a validation (its progress bar is the last one drawn); nothing in
+train.py knows of this. Writes a row for each kill into results/kill.csv and the summary into results/kill.md, of
+detectors results/kill_detection.*; exit code 1 when anything differed.
 """
 
 import argparse
@@ -36,6 +38,15 @@ RUN = [
     "data=digits", "recipe=quick", "width=0.1", "epochs=2", "recipe.warmup_epochs=1", "trainer=cpu", "data.workers=0",
     "data.eval_batch_size=8", "curve_seconds=1e9", "checkpoint.minutes=0.001",
 ]  # fmt: skip
+OF_TASK = {
+    "classification": RUN,
+    "detection": [
+        "task=detection", "data=digits_scenes", "recipe=quick_detection", "detector=ssdlite", "width=0.1", "epochs=2",
+        "detector.image_size=[64]", "detector.channels=16", "detector.candidates=50", "detector.detections=20",
+        "batch_size=32", "trainer=cpu", "data.workers=0", "data.eval_batch_size=20", "curve_seconds=1e9",
+        "checkpoint.minutes=0.001",
+    ],
+}  # fmt: skip
 SAME_BYTES = ("metrics.csv", "model.safetensors", "model_fused.safetensors", "evaluation.json")
 SAME_VALUES = ("state_dict", "ema", "optimizer_states", "history", "train_sums", "epoch", "global_step")
 
@@ -77,13 +88,13 @@ class Kill:
 class Process:
     """train.py in a terminal of its own, so that it draws its progress bars."""
 
-    def __init__(self, folder: Path, run: str, overrides: list[str]) -> None:
+    def __init__(self, folder: Path, run: str, command: list[str]) -> None:
         self._folder = folder / "outputs" / run / "checkpoints"
         self._leftovers = self._temporaries()
         self._terminal, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 120))  # a bar of no width is not drawn
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *RUN, f"name={run}", f"data.cache={folder}", *overrides],
+            [sys.executable, str(ROOT / "train.py"), *command, f"name={run}", f"data.cache={folder}"],
             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
             stdin=slave, stdout=slave, stderr=slave,
         )  # fmt: skip
@@ -171,12 +182,12 @@ def kill_at(moment: str, process: Process, pace: Pace, rng: random.Random) -> bo
 
 
 def kill_and_finish(
-    run: str, todo: list[str], folder: Path, overrides: list[str], pace: Pace, rng: random.Random
+    run: str, todo: list[str], folder: Path, command: list[str], pace: Pace, rng: random.Random
 ) -> list[Kill]:
     """Takes up to five moments from `todo`, then lets the run finish."""
     kills: list[Kill] = []
     while todo and len(kills) < KILLS_PER_RUN:
-        process = Process(folder, run, overrides)
+        process = Process(folder, run, command)
         if not kill_at(todo[0], process, pace, rng):
             break
         hit = process.moment()
@@ -185,7 +196,7 @@ def kill_and_finish(
             if counts_as in todo:
                 todo.remove(counts_as)
                 break
-    finished = Process(folder, run, overrides)
+    finished = Process(folder, run, command)
     if finished.wait() != 0:
         sys.exit(f"{run} failed:\n{finished.output.decode()}")
     return kills
@@ -196,10 +207,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--task", choices=OF_TASK, default="classification", help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder (default: results)")
     parser.add_argument("overrides", nargs="*", help="of train.py, such as trainer.devices=2")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
+    rng, of_task = random.Random(options.seed), [*OF_TASK[options.task], *options.overrides]
     writing, validation = -(-options.kills // 5), -(-options.kills // 10)
     todo = [WRITING] * writing + [VALIDATION] * validation + [RANDOM] * max(0, options.kills - writing - validation)
     rng.shuffle(todo)
@@ -208,7 +220,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        undisturbed = Process(folder, "undisturbed", options.overrides)
+        undisturbed = Process(folder, "undisturbed", of_task)
         while undisturbed.runs() and not undisturbed.trains():
             time.sleep(0.001)
         start = undisturbed.seconds
@@ -218,7 +230,7 @@ def main() -> int:
         while todo:
             runs += 1
             run = f"run{runs}"
-            mine = kill_and_finish(run, todo, folder, options.overrides, pace, rng)
+            mine = kill_and_finish(run, todo, folder, of_task, pace, rng)
             differing[run] = differences(folder / "outputs" / "undisturbed", folder / "outputs" / run)
             for kill in mine:
                 kill.identical = not differing[run]
@@ -227,7 +239,8 @@ def main() -> int:
                 f"{run:<8} {'differs: ' + ', '.join(differing[run][:5]) if differing[run] else 'identical'}", flush=True
             )
             kills += mine
-        with open(folder / "results" / "results.csv", newline="") as file:
+        table = "detection.csv" if options.task == "detection" else "results.csv"
+        with open(folder / "results" / table, newline="") as file:
             names = [row["name"] for row in csv.DictReader(file)]
     same = sum(bool(kill.identical) for kill in kills)
     hit = {moment: sum(kill.moment == moment for kill in kills) for moment in (WRITING, VALIDATION)}
@@ -235,18 +248,22 @@ def main() -> int:
         f"{same} of {len(kills)} kills in {runs} runs: bit-identical to a run without one "
         f"({hit[WRITING]} while a checkpoint was written, {hit[VALIDATION]} during a validation). "
         f"Compared: {', '.join(SAME_BYTES)}; {', '.join(SAME_VALUES)} of last, best_raw and best_ema.ckpt. "
-        f"Rows in results.csv beyond two a run: {len(names) - 2 * len(set(names))}."
+        f"Rows in {table} beyond two a run: {len(names) - 2 * len(set(names))}."
     )
     print(f"\n{summary}\n{time.monotonic() - began:.0f} s")
     options.results.mkdir(parents=True, exist_ok=True)
-    with open(options.results / "kill.csv", "w", newline="") as file:
+    name = "kill_detection" if options.task == "detection" else "kill"
+    with open(options.results / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Kill)])
         writer.writeheader()
         writer.writerows(map(asdict, kills))
     command = " ".join(
-        ["python benchmarks/kill.py", f"--kills {options.kills} --seed {options.seed}", *options.overrides]
+        [
+            f"python benchmarks/kill.py --kills {options.kills} --seed {options.seed} --task {options.task}",
+            *options.overrides,
+        ]
     )
-    (options.results / "kill.md").write_text(f"# Kills\n\n`{command}`, torch {torch.__version__}\n\n{summary}\n")
+    (options.results / f"{name}.md").write_text(f"# Kills\n\n`{command}`, torch {torch.__version__}\n\n{summary}\n")
     return 0 if same == len(kills) else 1
 
 

@@ -25,7 +25,7 @@ from data.shard_data import SPLITS, ShardData, ShardTraining
 from data.torch_loader import CroppedBatches, TorchLoader
 from repghost.dataset import Batch
 from repghost.errors import UserError
-from repghost.training.classifier import step_seed
+from repghost.training.module import step_seed
 
 _NOISE = 1  # keeps the seeds of the erase noise apart from those of the network's own draws
 

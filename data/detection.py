@@ -113,12 +113,7 @@ class DetectionBatches(Dataset):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DetectionData(ShardData[CocoIndex]):
-    """The validation images of shards with annotations.
-
-    masks: whether training shows the masks of the objects, too; in validation there are only boxes.
-    """
-
-    masks: bool
+    """The validation images of shards with annotations."""
 
     def setup(self, stage: str) -> None:
         """Loads the indexes of a stage ("fit" or "validate") that are not loaded yet."""
@@ -149,8 +144,13 @@ class DetectionData(ShardData[CocoIndex]):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DetectionTraining(ShardTraining[CocoIndex], DetectionData):
-    """Training images, too. empty_images: whether those without objects are trained on."""
+    """Training images, too.
 
+    masks: whether they come with the masks of their objects. empty_images: whether those without objects are trained
+    on.
+    """
+
+    masks: bool
     empty_images: bool
     augment: BoxAugment
 

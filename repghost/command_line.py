@@ -9,24 +9,41 @@ Check: `pytest tests/test_schema.py -k command_line`.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from repghost.errors import UserError
-from repghost.schema.check import Key, check_values, keys, shown, unknown_key
+from repghost.schema.check import PROGRAMS, Key, check_values, keys, shown, unknown_key
+from repghost.schema.help import task_of, task_of_choice
 
 CONF = Path(__file__).parents[1] / "conf"
 
 _OVERRIDE = re.compile(r"(\+{0,2})([^+~=@][^=@]*)=(.*)", re.DOTALL)  # prefix, key, value
 _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
+
+
+def program_of(command: str, arguments: Sequence[str]) -> str:
+    """The config, one of PROGRAMS, for a command line of train.py or evaluate.py: that of its task, or of its run's."""
+    values = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
+    task = values.get("task", "")
+    if command == "evaluate" and (run := values.get("run")):
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # whoever opens the run says so
+            config = yaml.safe_load((Path(run.strip("'\"")).expanduser() / "config.yaml").read_text(encoding="utf-8"))
+            task = config.get("task", "")
+    if "," in task:
+        raise UserError(f"task={shown(task)}: a sweep is of one task")
+    program = f"{command}_{task}"
+    return program if program in PROGRAMS else command
 
 
 def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -142,11 +159,19 @@ def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> 
     """
     # Not Hydra's own part, which the config of a sweep's job has.
     checked = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    values = OmegaConf.to_container(checked, resolve=True)
-    assert isinstance(values, dict)
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for argument in overrides:
+        group, _, choice = argument.partition("=")
+        if (task := task_of_choice(group, choice, CONF)) and task != task_of(program):
+            raise UserError(f"{shown(argument)}: for task={task}, not for task={task_of(program)}")
+    try:
+        values = OmegaConf.to_container(checked, resolve=True)
+    except InterpolationKeyError as error:
+        problem = str(error.msg).partition("\n")[0]
+        raise UserError(f"{error.full_key}: {problem}: a choice of the command is for another task") from None
+    assert isinstance(values, dict)
     check_values(program, {str(key): value for key, value in values.items()}, given)
-    if program != "train":  # an evaluation may take from its run what is missing here
+    if not program.startswith("train"):  # an evaluation may take from its run what is missing here
         return
     if missing := sorted(OmegaConf.missing_keys(checked)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")

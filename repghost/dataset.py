@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -46,6 +46,17 @@ class SplitIndex(Protocol):
         """Hex digest of the images and the class names: tells data sets apart, wherever they lie."""
 
 
+class DetectionIndex(SplitIndex, Protocol):
+    """The images of one split, and the objects in them."""
+
+    @property
+    def category_ids(self) -> Sequence[int]:
+        """COCO's id of each class, in their order; label 1 is the first class."""
+
+    def annotations(self) -> dict[str, Any]:
+        """COCO's `images`, in the order of the index, `annotations` and `categories`, as they were imported."""
+
+
 class DataModule(pl.LightningDataModule):
     """Feeds batches of `Batch` to a Trainer and knows what its splits hold."""
 
@@ -60,6 +71,10 @@ class DataModule(pl.LightningDataModule):
 
     def images(self, split: str, rows: Sequence[int]) -> Tensor:
         """uint8 [N, 3, S, S]: the images in these rows of a split's index, cropped as in evaluation; black if bad."""
+        raise NotImplementedError
+
+    def stored_images(self, split: str, rows: Sequence[int]) -> list[Tensor]:
+        """uint8 [3, H, W] each: the images in these rows of a split's index, of any sizes, as they are stored."""
         raise NotImplementedError
 
     @property

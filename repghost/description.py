@@ -129,13 +129,14 @@ def describe_run(config: Any, classes: Sequence[str] | None, fingerprint: str | 
     known. fingerprint: of its training images.
     """
     augment, recipe = config["recipe"]["augment"], config["recipe"]
+    mean, std = augment.get("mean"), augment.get("std")  # a detector normalizes and resizes by itself
     return Description(
         width=config["width"],
         classes=None if classes is None else tuple(classes),
-        image_size=config["image_size"],
-        crop_fraction=config["data"]["crop_fraction"],
-        mean=tuple(augment["mean"]),
-        std=tuple(augment["std"]),
+        image_size=config.get("image_size"),
+        crop_fraction=config["data"].get("crop_fraction"),
+        mean=None if mean is None else tuple(mean),
+        std=None if std is None else tuple(std),
         recipe=recipe.get("name"),
         data=fingerprint,
     )

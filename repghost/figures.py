@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CURVE_PANELS = (
     ("Top-1 (%)", {"val_top1": "raw", "ema_top1": "EMA"}),
+    ("box mAP", {"val_map": "raw", "ema_map": "EMA"}),
     ("loss", {"train_loss": "training", "val_loss": "validation, raw", "ema_loss": "validation, EMA"}),
     ("learning rate", {"lr": "learning rate"}),
 )
@@ -149,7 +150,9 @@ def curve_figure(history: Sequence[Row], official: dict[int, Row] | None) -> "Fi
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4), layout="constrained")
-    for axis, (label, lines) in zip(figure.subplots(1, len(CURVE_PANELS)), CURVE_PANELS, strict=True):
+    panels = [(label, {c: name for c, name in lines.items() if c in history[0]}) for label, lines in CURVE_PANELS]
+    panels = [(label, lines) for label, lines in panels if lines]
+    for axis, (label, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for (column, name), style in zip(lines.items(), ("-", "--", ":"), strict=False):
             (line,) = axis.plot([r["epoch"] + 1 for r in history], [r[column] for r in history], style, label=name)
             if official and column in OFFICIAL:

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from repghost.command_line import CONF, check_config, choices_listed, read_command_line
+from repghost.command_line import CONF, check_config, choices_listed, program_of, read_command_line
 from repghost.errors import run_command
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 Main = Callable[[DictConfig], int | None]
 
 
-def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
+def command(name: str) -> Callable[[Main], Callable[[], None]]:
     """Makes a program of `function(config)`, which returns its exit code or None for 0.
 
-    Hydra composes the config from conf/`config_name`.yaml and the command line.
+    name: `train` or `evaluate`. Hydra composes the config from the command line and the file in conf/ for its task.
     """
 
     def decorate(function: Main) -> Callable[[], None]:
-        program = Path(inspect.getfile(function)).resolve()
+        path = Path(inspect.getfile(function)).resolve()
 
         @functools.wraps(function)
         def main() -> None:
@@ -44,7 +44,7 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                 settings = HydraConfig.get()
                 if settings.mode != RunMode.MULTIRUN:
                     # Hydra would add lines of its own to an exception.
-                    if code := run_command(lambda: _checked(config_name, function, config)):
+                    if code := run_command(lambda: _checked(function, config)):
                         sys.exit(code)
                     return None
                 if settings.runtime.choices["hydra/launcher"] != "basic":
@@ -54,22 +54,23 @@ def command(config_name: str) -> Callable[[Main], Callable[[], None]]:
                     return run_task(sweeps[0], config)  # type: ignore[return-value]  # a text where it failed
                 if code := run_command(sweeps[0].run_job):  # Hydra would go on with the next job
                     sys.exit(code)
-                return sweeps[0].top1
+                return sweeps[0].objective
 
             def compose_and_run() -> int:
-                flags, overrides, sweeping = read_command_line(config_name, sys.argv[1:])
+                program = program_of(name, sys.argv[1:])
+                flags, overrides, sweeping = read_command_line(program, sys.argv[1:])
                 if {"--help", "-h"} & set(flags):
-                    return _print_help(config_name, inspect.getmodule(function))
+                    return _print_help(program, inspect.getmodule(function))
                 sys.argv = [sys.argv[0], *flags, *overrides]  # where Hydra reads it
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
-                run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)
+                run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=program)(job)
                 with choices_listed():
                     if not sweeping:
                         run()
                         return 0
                     from repghost.sweep import Sweep
 
-                    sweeps.append(Sweep(program))  # by now: launchers send it to their processes, as a part of `job`
+                    sweeps.append(Sweep(path))  # by now: launchers send it to their processes, as a part of `job`
                     sweeps[0].over(run)
                 return sweeps[0].report()
 
@@ -93,6 +94,7 @@ def _print_help(program: str, module: object) -> int:
     return 0
 
 
-def _checked(program: str, function: Main, config: DictConfig) -> int | None:
-    check_config(program, config, HydraConfig.get().overrides.task)
+def _checked(function: Main, config: DictConfig) -> int | None:
+    settings = HydraConfig.get()
+    check_config(str(settings.job.config_name), config, settings.overrides.task)
     return function(config)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from repghost.errors import UserError, run_command
 from repghost.files import TABLE_BYTES, locked, read_file, require_number, require_writable, write_text
@@ -28,9 +28,28 @@ COLUMNS = (
     "fused_top1", "fused_top5", "top1_flips", "max_rel_logit_diff", "params_m", "macs_m",
     "image_size", "crop_fraction", "precision",
 )  # fmt: skip
+DETECTION_COLUMNS = (
+    "date", "commit", "name", "data", "detector", "width", "weights", "selection", "epoch", "images",
+    "map", "map50", "map75", "map_small", "map_medium", "map_large", "mar100", "mask_map", "mask_map50",
+    "fused_map", "fused_mask_map", "max_score_diff", "unmatched", "params_m", "precision",
+)  # fmt: skip
 _OPTIONAL = ("image_size", "crop_fraction", "precision")  # which older files lack
-_TEXTS = ("date", "commit", "name", "data", "weights", "selection", "precision")
+_TEXTS = ("date", "commit", "name", "data", "weights", "selection", "precision", "detector")
 _NUMBERS = ("width", "images", "top1", "top5", "fused_top1")  # which the tables are made of
+
+
+class Columns(NamedTuple):
+    """Of a table of results: all, those that older files lack, and the numbers that a row has to have."""
+
+    names: tuple[str, ...]
+    optional: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+
+OF_TASK = {
+    "classification": Columns(COLUMNS, _OPTIONAL, _NUMBERS),
+    "detection": Columns(DETECTION_COLUMNS, (), ("width", "images", "map", "fused_map")),
+}
 
 # Points of Top-1 within which a measurement is the published figure: the same weights differ by a JPEG decoder and a
 # resize, a new training by its random draws.
@@ -46,51 +65,53 @@ def append_result(path: str | Path, name: str, data: str, evaluation: Mapping[st
     Columns and rows of others stay what they are; the file is written whole or not at all.
     """
     path, fused = Path(os.path.realpath(path)), evaluation["fused"]  # what a link leads to, not the link, is replaced
+    columns = OF_TASK["detection" if "detector" in evaluation else "classification"]
     about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "name": name, "data": data}
-    row = {**fused, **evaluation, **about, "fused_top1": fused["top1"], "fused_top5": fused["top5"]}
-    cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in COLUMNS}
-    cells |= {key: as_cell(str(cells[key])) for key in _TEXTS if cells[key] is not None}
+    row = {**fused, **evaluation, **about, **{f"fused_{key}": value for key, value in fused.items()}}
+    cells = {key: f"{value:.6g}" if isinstance(value := row.get(key), float) else value for key in columns.names}
+    cells |= {key: as_cell(str(cells[key])) for key in _TEXTS if cells.get(key) is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(f"{path}.lock", "adding a row to it", limit=60):  # sweep jobs may finish together
-        header, rows = _read_cells(path)
-        header += [column for column in COLUMNS if column not in header]
+        header, rows = _read_cells(path, columns)
+        header += [column for column in columns.names if column not in header]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([header, *rows, [cells.get(column) for column in header]])
         write_text(path, text.getvalue())
 
 
-def require_writable_results(path: str | Path) -> None:
-    """Raises UserError when the file `path` cannot take another row: to be called before hours of work."""
+def require_writable_results(path: str | Path, task: str = "classification") -> None:
+    """Raises UserError when the file `path` cannot take another row of `task`: to be called before hours of work."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise UserError(f"results={path}: not a file: give results=FILE.csv")
-    read_results(path)
+    read_results(path, task)
     require_writable(path, "results")
     if (lock := Path(f"{path}.lock")).exists() and not os.access(lock, os.W_OK):
         raise UserError(f"results={path}: {lock.name} beside it belongs to someone else: give another results=FILE.csv")
 
 
-def read_results(path: str | Path) -> list[dict[str, str]]:
-    """The rows of results.csv, none when there is no such file.
+def read_results(path: str | Path, task: str = "classification") -> list[dict[str, str]]:
+    """The rows of results.csv, or of the table of another task, none when there is no such file.
 
     It may have been saved by a spreadsheet: with a byte order mark, other line ends, semicolons or tabs between the
     cells, then with decimal commas. Raises UserError that names the line which is no measurement.
     """
-    header, rows = _read_cells(Path(path))
+    columns = OF_TASK[task]
+    header, rows = _read_cells(Path(path), columns)
     found = []
     for number, cells in enumerate(rows, start=2):
         if not any(cells):
             continue
-        row = dict.fromkeys(COLUMNS, "") | dict(zip(header, cells, strict=False))
-        row |= {column: from_cell(row[column]) for column in _TEXTS}
-        for column in _NUMBERS:
+        row = dict.fromkeys(columns.names, "") | dict(zip(header, cells, strict=False))
+        row |= {column: from_cell(row[column]) for column in _TEXTS if column in row}
+        for column in columns.numbers:
             require_number(row[column], f"{path}: row {number}: {column}")
         found.append(row)
     return found
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+def _read_cells(path: Path, columns: Columns) -> tuple[list[str], list[list[str]]]:
     """Header and rows of results.csv as they stand there, numbers with decimal points; both empty for no such file."""
     try:
         text = read_file(path, TABLE_BYTES).decode("utf-8-sig")
@@ -103,9 +124,9 @@ def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{path}: not a table in UTF-8 ({error}): save it as CSV in UTF-8, or move it away") from None
     if not text.strip():
         return [], []
-    if missing := set(COLUMNS) - set(_OPTIONAL) - set(header):
+    if missing := set(columns.names) - set(columns.optional) - set(header):
         raise UserError(f"{path}: not a table of results, it has no column {min(missing)}: give another results=")
-    numbers = [i for i, column in enumerate(header) if column in COLUMNS and column not in _TEXTS]
+    numbers = [i for i, column in enumerate(header) if column in columns.names and column not in _TEXTS]
     for row in rows:
         for i in numbers:
             if delimiter != "," and i < len(row) and re.fullmatch(r"-?\d*,\d+(E[+-]?\d+)?", row[i], re.IGNORECASE):
@@ -185,13 +206,33 @@ def write_between_markers(path: str | Path, table: str) -> bool:
 
 
 def runs_table(results: Sequence[dict[str, str]]) -> str:
-    """Markdown: the newest row of every run and selection."""
+    """Markdown: the newest row of every run and selection, all of one task."""
     rows = []
-    for row in {(row["name"], row["weights"], row["selection"]): row for row in results}.values():
+    newest = list({(row["name"], row["weights"], row["selection"]): row for row in results}.values())
+    if newest and "map" in newest[0]:
+        columns = ("name", "detector", "width", "data", "selection", "images")
+        figures = [[as_points(row[key]) for key in SHOWN_FIGURES] for row in newest]
+        cells = [[*(row[key] for key in columns), *of] for row, of in zip(newest, figures, strict=True)]
+        return as_markdown(["run", *columns[1:], *SHOWN_FIGURES.values()], cells)
+    for row in newest:
         weights = f"{row['weights']}, {row['selection']}" if row["selection"] else row["weights"]
         accuracies = [_points(row[key]) for key in ("top1", "top5", "fused_top1")]
         rows.append([row["name"], row["width"], weights, row["images"], *accuracies, row["top1_flips"]])
     return as_markdown(["run", "width", "weights", "images", "Top-1", "Top-5", "fused Top-1", "flips"], rows)
+
+
+# Of a detector, in hundredths; those of masks are empty without any.
+SHOWN_FIGURES = {
+    "map": "box mAP",
+    "fused_map": "fused box mAP",
+    "mask_map": "mask mAP",
+    "fused_mask_map": "fused mask mAP",
+}
+
+
+def as_points(value: str) -> str:
+    """A figure in [0, 1] as published ones are: 0.364 as 36.4."""
+    return f"{100 * float(value):.1f}" if value else ""
 
 
 def _points(value: str) -> str:

@@ -26,13 +26,14 @@ from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint, re
 if TYPE_CHECKING:
     from repghost.dataset import DataModule  # which needs Lightning
 
-# Besides: images are compared by their fingerprint, a step may be cut into other parts, and the classifier's arguments
+# Besides: images are compared by their fingerprint, a step may be cut into other parts, and the module's arguments
 # are the recipe's values under other names.
-_MAY_CHANGE = (*WHERE_AND_HOW_FAST, "data.root", "accumulate", "classifier")
+_MAY_CHANGE = (*WHERE_AND_HOW_FAST, "data.root", "accumulate", "classifier", "module")
 COLOUR = ("recipe.augment.jitter", "recipe.augment.rand_augment")  # one of them is null: see resolve_recipe
 
 SELECTIONS = {"last": "last.ckpt", "best_ema": "best_ema.ckpt"}
 CONFIG, EVALUATION = "config.yaml", "evaluation.json"
+METRICS = ("top1", "map")  # the figure of an evaluation that says how good it is: of a classifier, of a detector
 
 
 def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
@@ -47,7 +48,7 @@ def open_run(config: DictConfig) -> tuple[Path, DictConfig]:
     # Reported last where they differ: the user set the keys that they come from.
     derived = [key for key, value in flat(OmegaConf.to_container(config)).items() if str(value).startswith("${")]
     OmegaConf.resolve(config)
-    require_writable_results(config.results)
+    require_writable_results(config.results, config.task)
     if _has_begun(directory):
         _require_same_run(directory, config, (*derived, *COLOUR))
         require_same_data(directory, config, read_config(directory).data.root, is_finished(directory))
@@ -110,7 +111,7 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
 
     named = {key_of(override) for override in HydraConfig.get().overrides.task}
-    require_writable_results(config.results)
+    require_writable_results(config.results, config.get("task", "classification"))
     if config.run is not None:
         taken: list[tuple[str, Sequence[str]]] = [("", ("image_size", "loader")), ("data.augment.", ("mean", "std"))]
         if "data" not in named:
@@ -164,7 +165,8 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content, "top1": float(content["top1"])}
+        metric = next((name for name in METRICS if name in content), METRICS[0])
+        return {**content, metric: float(content[metric])}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not an evaluation ({error}): delete it and evaluate again") from None
 
@@ -202,10 +204,10 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
-def top1(folder: Path) -> float | None:
-    """What a job of a sweep returns to Hydra: its run's Top-1 in percent (evaluation.json), None if it has none."""
+def objective(folder: Path) -> float | None:
+    """What a job of a sweep returns to Hydra: its run's Top-1 in percent or mAP, None if the run is not finished."""
     evaluation = read_evaluation(folder / EVALUATION) if is_finished(folder) else None
-    return evaluation["top1"] if evaluation else None
+    return next((evaluation[name] for name in METRICS if name in evaluation), None) if evaluation else None
 
 
 def _write_on_rank_zero(path: Path, text: str) -> None:
@@ -227,8 +229,10 @@ def resolve_recipe(config: DictConfig) -> None:
     """Leaves the one colour augmentation that the recipe gives to `config.width`, in place.
 
     Networks of `recipe.rand_augment_from_width` or wider get RandAugment, the others the jitter; null: every width the
-    jitter. The paper draws the line between 1.11 and 1.3.
+    jitter. The paper draws the line between 1.11 and 1.3. The recipes of other tasks are left as they are.
     """
+    if "rand_augment_from_width" not in config.recipe:
+        return
     threshold = config.recipe.rand_augment_from_width
     wide = threshold is not None and config.width >= threshold
     config.recipe.augment["jitter" if wide else "rand_augment"] = None

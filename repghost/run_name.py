@@ -15,7 +15,7 @@ WHERE_AND_HOW_FAST = ("name", "output", "results", "trainer", "logger", "checkpo
                       "data.workers", "data.readers", "data.prefetch", "data.hw_decoder_load", "data.thread_affinity",
                       "data.cache", "data.eval_batch_size")  # fmt: skip
 # Part of the name by their values alone.
-_NAMED_ALREADY = ("data", "data.root", "recipe", "width", "seed")
+_NAMED_ALREADY = ("task", "data", "data.root", "recipe", "detector", "width", "seed")
 _LONGEST_NAME = 255  # bytes that file systems take
 
 
@@ -30,12 +30,13 @@ def folder_of(config: DictConfig) -> Path:
 
 
 def run_name(config: DictConfig) -> str:
-    """What tells runs apart: data set, recipe, width, seed and any other override of this command line."""
+    """What tells runs apart: data set, recipe, detector, width, seed and any other override of this command line."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra_config: Any = HydraConfig.get()
     root = config.data.root if isinstance(config.data.root, str) else hydra_config.runtime.choices.data
-    parts = [Path(root).name or "data", str(config.recipe.name), f"w{config.width:g}", f"s{config.seed}"]
+    detector = [str(config.detector.name)] if "detector" in config else []
+    parts = [Path(root).name or "data", str(config.recipe.name), *detector, f"w{config.width:g}", f"s{config.seed}"]
     for override in sorted(hydra_config.overrides.task):
         key = key_of(override)
         if key not in _NAMED_ALREADY and not starts_with(key, WHERE_AND_HOW_FAST):

@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import UserError
-from repghost.run import folder_of, top1
+from repghost.run import folder_of, objective
 
 _REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
 _SECONDS_UNTIL_ENDED = 60.0
@@ -43,7 +43,7 @@ class Sweep(Protocol):
 def run_task(sweep: Sweep, config: DictConfig) -> float | str | None:
     """Runs the program for a task of a job, in the task's process.
 
-    Returns the run's Top-1 in percent, or what went wrong: at an exception Hydra would end the sweep. A job that a
+    Returns the run's figure, or what went wrong: at an exception Hydra would end the sweep. A job that a
     signal before its time limit stopped is queued again.
     """
     code, received = sweep.start()
@@ -57,7 +57,7 @@ def run_task(sweep: Sweep, config: DictConfig) -> float | str | None:
         return f"stopped by {signal.Signals(received[0]).name}"
     if code:
         return f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    return top1(folder_of(config))
+    return objective(folder_of(config))
 
 
 @contextmanager

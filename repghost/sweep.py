@@ -27,7 +27,7 @@ from repghost.errors import UserError
 from repghost.processes import signals_passed_on
 from repghost.ranks import external_launcher
 from repghost.results import read_results, runs_table
-from repghost.run import folder_of, top1
+from repghost.run import folder_of, objective
 from repghost.schema.check import shown
 from repghost.slurm import jobs_reported_to
 
@@ -39,7 +39,7 @@ class Sweep:
     """The jobs of `python PROGRAM -m ...`: starts them, and reports what failed and the table of results at the end."""
 
     def __init__(self, program: Path) -> None:
-        self.top1: float | None = None  # of the last job in percent, None if it failed
+        self.objective: float | None = None  # of the last job, None if it failed
         self._program = program
         self._count: int | str = 0  # of jobs, once the command line was read; "?" where the sweeper decides
         self._flags: list[str] = []  # of Hydra's, for every job
@@ -65,7 +65,7 @@ class Sweep:
         if received or code == stopped:
             print(f"\ninterrupted in {title}: the same command goes on from there", flush=True)
             sys.exit(stopped or 128 + received[0])
-        self.top1 = None if code else top1(folder)
+        self.objective = None if code else objective(folder)
         if code:
             self.failed(f"{title}: {f'exit code {code}' if code > 0 else signal.Signals(-code).name}")
 
@@ -116,8 +116,9 @@ class Sweep:
     def report(self) -> int:
         """Prints the table of the sweep's runs and what failed; returns the sweep's exit code, 1 if anything failed."""
         names = [folder.name for folder in self._runs]
-        tables = dict.fromkeys(str(config.results) for _, config in self._runs.values())
-        rows = [row for table in tables for row in read_results(table) if row["name"] in names]
+        configs = [config for _, config in self._runs.values()]
+        tables = dict.fromkeys((str(config.results), config.get("task", "classification")) for config in configs)
+        rows = [row for table in tables for row in read_results(*table) if row["name"] in names]
         if rows:
             print(f"\n{runs_table(sorted(rows, key=lambda row: names.index(row['name'])))}", flush=True)
         if self._failures:

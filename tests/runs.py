@@ -18,6 +18,7 @@ import torch
 from conftest import TINY
 
 from repghost.training.classifier import ImageClassifier
+from repghost.training.module import TrainingModule
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,13 +121,15 @@ class PowerCut(BaseException):
     """Nothing may catch it, as nothing can catch SIGKILL."""
 
 
-def cut_after(patched: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+def cut_after(
+    patched: pytest.MonkeyPatch, epoch: int, batch: int, module: type[TrainingModule] = ImageClassifier
+) -> None:
     """Ends a run in this process with PowerCut right after the step of this batch."""
-    step = ImageClassifier.optimizer_step
+    step = module.optimizer_step
 
-    def cut(self: ImageClassifier, at_epoch: int, at_batch: int, *arguments: Any) -> None:
+    def cut(self: TrainingModule, at_epoch: int, at_batch: int, *arguments: Any) -> None:
         step(self, at_epoch, at_batch, *arguments)
         if (at_epoch, at_batch) == (epoch, batch):
             raise PowerCut
 
-    patched.setattr(ImageClassifier, "optimizer_step", cut)
+    patched.setattr(module, "optimizer_step", cut)

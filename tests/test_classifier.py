@@ -14,13 +14,8 @@ from torch.optim import SGD
 from repghost.dataset import Batch
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet, repghostnet
-from repghost.training.classifier import (
-    ImageClassifier,
-    parameter_groups,
-    prepare_optimizer,
-    seed_dropout,
-    smoothed_cross_entropy,
-)
+from repghost.training.classifier import ImageClassifier, smoothed_cross_entropy
+from repghost.training.module import parameter_groups, prepare_optimizer, seed_step
 
 Program = Callable[..., int]
 RECIPE: dict[str, Any] = {
@@ -166,7 +161,7 @@ def test_a_finetuning_with_fused_sgd_passes_its_unfreezing_and_a_resume(
 def test_dropout_s_seed_is_torch_s() -> None:
     torch.manual_seed(2**62 + 1)
     expected = torch.rand(5)
-    seed_dropout(2**62 + 1, torch.device("cpu"))
+    seed_step(2**62 + 1, torch.device("cpu"))
     assert torch.equal(torch.rand(5), expected)
 
 

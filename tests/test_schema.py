@@ -9,24 +9,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from data.rand_augment import MAX_OPERATIONS
-from repghost.command_line import CONF, compose_config, read_command_line, read_override
+from repghost.command_line import CONF, compose_config, program_of, read_command_line, read_override
+from repghost.detection.backbone import Norm
+from repghost.detection.detectors import Name
+from repghost.detection.reports import REPORTS as DETECTION_REPORTS
 from repghost.errors import UserError
 from repghost.evaluation.reports import REPORTS
 from repghost.reference import PUBLISHED
 from repghost.run import SELECTIONS, flat
 from repghost.schema.check import PROGRAMS, check_values, keys
-from repghost.schema.help import help_text
+from repghost.schema.help import help_text, task_of, task_of_choice
 from repghost.training.trainer import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
-NEEDED = {"train": ["data.root=x"], "evaluate": ["data.root=x", "weights=timm"]}
+NEEDED = {
+    "train": ["data.root=x"],
+    "evaluate": ["data.root=x", "weights=timm"],
+    "train_detection": ["data.root=x", "weights=timm"],
+    "evaluate_detection": ["data.root=x", "run=x"],
+}
 
 
 def composed(program: str, *overrides: str) -> Any:
@@ -99,7 +107,7 @@ TRIED = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_key_refuses_what_cannot_be_meant(program: str) -> None:
     known, parser = keys(program), OverridesParser.create()
-    loggers = ("csv", "wandb", "tensorboard") if program == "train" else ()
+    loggers = ("csv", "wandb", "tensorboard") if program.startswith("train") else ()
     contents = {name: OmegaConf.to_container(composed(program, f"logger={name}"), resolve=True) for name in loggers}
     contents[""] = OmegaConf.to_container(composed(program), resolve=True)
     for _, key, value in sorted(row for row in TRIED if row[0] == program):
@@ -125,7 +133,7 @@ def test_the_table_is_as_long_as_the_schema() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_schema_and_conf_have_the_same_keys(program: str) -> None:
-    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program == "train" else [[]]
+    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program.startswith("train") else [[]]
     configs = [composed(program, *choice) for choice in choices]
     in_conf = {key for config in configs for key in flat(OmegaConf.to_container(config, resolve=False))}
     parts = {key for key, entry in keys(program).items() if entry.is_part}
@@ -143,6 +151,12 @@ def test_choices_of_the_schema_are_those_of_the_code() -> None:
     assert set(found["selection"]) - {"or"} == set(SELECTIONS)
     assert set(found["report"]) - {"one", "of", "null", "or", "several"} == set(REPORTS)
     assert set(found["precision"]) - {"one", "of"} == {"auto", *PRECISIONS}
+    detection = {key: re.findall(r"[a-z0-9_]+", entry.words) for key, entry in keys("evaluate_detection").items()}
+    assert set(detection["report"]) - {"one", "of", "null", "or", "several"} == set(DETECTION_REPORTS)
+    assert set(detection["selection"]) - {"or"} == set(SELECTIONS)
+    words = keys("train_detection")
+    assert set(re.findall("[a-z_]+", words["detector.name"].words)) - {"one", "of"} == set(get_args(Name))
+    assert set(re.findall("[a-z]+", words["detector.norm"].words)) - {"one", "of"} == set(get_args(Norm))
     assert keys("train")["recipe.augment.rand_augment.operations"].words.endswith(f"to {MAX_OPERATIONS}")
 
 
@@ -183,8 +197,8 @@ TOGETHER = [
     (["+foo=1"], "foo=1: no such key"),
     (["+trainer.max_steps=1"], "trainer.max_steps=1: no such key"),
     (["logger=null"], "logger=null: give one of csv, tensorboard, wandb"),
-    (["data=5"], "data=5: give one of digits, imagenet, imagenet_a"),
-    (["recipe=best"], "recipe=best: give one of finetune, paper, quick"),
+    (["data=5"], "data=5: give one of coco, digits, digits_scenes, imagenet, imagenet_a"),
+    (["recipe=best"], "recipe=best: give one of coco_1x, finetune, paper, quick, quick_detection, ssdlite_320"),
     (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
     (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),
     (["name=.."], "name=..: give the name of a folder"),
@@ -195,12 +209,57 @@ TOGETHER = [
     (["seed=" + "1" * 5000], "seed=111"),
     (["width"], "width: neither KEY=VALUE nor a flag"),
     (["name=\udce9"], "name=\\udce9: not UTF-8, rename it"),
+    (["task=other"], "task=other: give classification or detection"),
+    (["recipe=coco_1x"], "recipe=coco_1x: for task=detection, not for task=classification"),
+    (["data=digits_scenes"], "data=digits_scenes: for task=detection"),
+    (["recipe.warmup_steps=5"], "recipe.warmup_steps=5: another task or command has this key"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), TOGETHER, ids=lambda value: str(value)[:40])
 def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
     assert refused("train", *overrides).startswith(message)
+
+
+OF_DETECTION = [
+    (["recipe.label_smoothing=0.1"], "recipe.label_smoothing=0.1: another task or command has this key"),
+    (["image_size=320"], "image_size=320: another task or command has this key"),
+    (["recipe=paper"], "recipe=paper: for task=classification, not for task=detection"),
+    (
+        ["data=imagenet"],
+        "data=imagenet: for task=classification",
+    ),
+    (["weights=null"], "detector.norm=frozen: random weights would never learn: give weights=timm"),
+    (["weights=null", "detector.norm=trained"], "detector.trainable_layers=3: random weights would never learn"),
+    (["data.masks=true"], "data.masks=true: detector=retinanet has no masks"),
+    (["detector=mask_rcnn", "data.masks=false"], "data.masks=false: detector=mask_rcnn has masks"),
+    (["detector=yolo"], "detector=yolo: give one of faster_rcnn, fcos, mask_rcnn, retinanet, ssdlite"),
+    (["module.width=2"], "module.width has the value of width: give width=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), OF_DETECTION, ids=lambda value: str(value)[:40])
+def test_mistakes_of_a_detector_are_one_line(overrides: list[str], message: str) -> None:
+    assert refused("train_detection", *overrides).startswith(message)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"])
+def test_every_detector_is_taken(detector: str) -> None:
+    config = composed("train_detection", f"detector={detector}")
+    assert config.data.masks == (detector == "mask_rcnn") and config.module.detector == detector
+    composed("train_detection", "data=digits_scenes", "recipe=quick_detection", f"detector={detector}", "weights=null")
+
+
+def test_the_config_is_that_of_the_task_or_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: detection\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("epochs: 3\n")
+    assert program_of("train", ["width=1"]) == program_of("train", ["task=other"]) == "train"
+    assert program_of("train", ["--help", "task=detection"]) == "train_detection"
+    assert program_of("evaluate", [f"run={tmp_path}", "report=classes"]) == "evaluate_detection"
+    assert program_of("evaluate", [f"run={tmp_path}/other"]) == program_of("evaluate", ["run=nothing"]) == "evaluate"
+    with pytest.raises(UserError, match="a sweep is of one task"):
+        program_of("train", ["-m", "task=classification,detection"])
 
 
 def test_an_evaluation_is_of_a_run_or_of_weights() -> None:
@@ -300,6 +359,7 @@ def test_help_explains_every_key_and_choice(program: str) -> None:
             assert entry.sentence and line.endswith(f"{entry.sentence} ({entry.words})")
     for file in CONF.glob("*/*.yaml"):
         fits = "test_set:" not in file.read_text() or program == "evaluate"
+        fits = fits and task_of_choice(file.parent.name, file.stem, CONF) in (None, task_of(program))
         assert (f"  {file.parent.name}={file.stem} " in said) == (fits and file.parent.name in keys(program))
     assert "recipe=paper" not in said or re.search(r"recipe=paper .*\(default\)$", said, re.MULTILINE)
 

@@ -4,10 +4,9 @@ Every image counts once on any number of devices: sums are reduced, never means.
 evaluate.py; what it returns is the content of evaluation.json. Check: `pytest tests/test_evaluation.py`.
 """
 
-import filecmp
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from repghost.dataset import Batch, DataModule
-from repghost.description import describe_run
-from repghost.errors import UserError, print_rank_zero
+from repghost.errors import UserError
+from repghost.evaluation.finish import Subject, finish_run, title_of_run
 from repghost.evaluation.outcome import (
     append_row,
     changes,
     interval,
-    is_recorded,
     reports_folder,
     table,
     write_evaluation,
@@ -34,10 +32,9 @@ from repghost.metrics import Scores, scores
 from repghost.model import RepGhostNet, count_macs, count_parameters, repghostnet
 from repghost.reference import published_accuracy, synsets
 from repghost.reparameterization import reparameterize
-from repghost.run import SELECTIONS, load_run
+from repghost.run import load_run
 from repghost.run_data import recorded_data
-from repghost.training.loggers import GuardedLogger
-from repghost.weights import load_model, read_description, save_weights
+from repghost.weights import load_model, read_description
 
 
 class Evaluation(pl.LightningModule):
@@ -112,30 +109,10 @@ def _figures(of: Scores) -> dict[str, Any]:
     return {"top1": of.top1, "top5": of.top5, "loss": of.loss, **intervals}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A network to evaluate: a RepGhostNet, or an exported file, which says of itself what it is (`metadata`).
-
-    name, title and folder: its row in results.csv, the line above its figures, where its reports go; run: the folder
-    of a run. weights (`ema` for a run's average), epoch and selection (of a run) are those of evaluation.json. classes:
-    the names of its outputs, None where nobody knows them.
-    """
-
-    network: nn.Module
-    name: str
-    title: str
-    folder: Path
-    weights: str
-    epoch: int | None = None
-    selection: str | None = None
-    run: Path | None = None
-    classes: Sequence[str] | None = None
-
-
 def subject_of_run(directory: Path, selection: str) -> Subject:
     """The averaged network of the last or the best epoch of a run."""
     network, epoch = load_run(directory, selection)
-    title = f"{directory}, EMA, {selection.replace('_', ' ')} epoch"
+    title = title_of_run(directory, selection)
     data = recorded_data(directory)
     classes = data.classes if data else None
     return Subject(network, directory.name, title, directory, "ema", epoch, selection, directory, classes)
@@ -161,8 +138,8 @@ def evaluate(
     trainer: pl.Trainer,
     data: DataModule,
     config: DictConfig,
-    autocast: bool = False,
     reports: Sequence[str] = (),
+    autocast: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a network on the validation images of `data` with the devices of `trainer`.
 
@@ -205,42 +182,17 @@ def evaluate(
 
 
 def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results.
-
-    The loggers of `trainer` get the pictures of the last epoch's, and are closed.
-    """
-    evaluations: dict[str, dict[str, Any]] = {}
-    pictures = PICTURES if trainer.loggers else ()
-    checkpoints = {selection: directory / "checkpoints" / name for selection, name in SELECTIONS.items()}
-    for selection, path in checkpoints.items():
-        # Often the best epoch is the last one: then this is a copy, byte for byte, of what was just evaluated.
-        if selection != "last" and path.exists() and filecmp.cmp(path, checkpoints["last"], shallow=False):
-            evaluations[selection] = evaluations["last"] | {"selection": selection}
-            continue
-        subject = subject_of_run(directory, selection)
-        if selection == "last" and trainer.is_global_zero:
-            assert isinstance(subject.network, RepGhostNet)
-            description = describe_run(config, data.index("train").classes, data.index("train").fingerprint)
-            save_weights(subject.network, directory / "model.safetensors", description)
-            save_weights(reparameterize(subject.network), directory / "model_fused.safetensors", description)
-        if selection != "last" and subject.epoch == evaluations["last"]["epoch"]:  # the same weights
-            evaluations[selection] = evaluations["last"] | {"selection": selection}
-        else:
-            reports = pictures if selection == "last" else ()
-            evaluations[selection] = evaluate(subject, trainer, data, config, reports=reports)
-    if trainer.is_global_zero:
-        # The last epoch's comes last: its file says that the run is finished.
-        for evaluation in reversed(evaluations.values()):
-            # A run that died between the two adds no row twice.
-            if not is_recorded(directory, evaluation):
-                append_row(config, directory.name, evaluation, directory)
-                write_evaluation(directory, evaluation)
-    for selection, evaluation in evaluations.items():
-        print_rank_zero(table(evaluation, f"EMA, {selection.replace('_', ' ')} epoch"))
-    for logger in trainer.loggers:
-        if isinstance(logger, GuardedLogger):
-            logger.close([directory / f"{name}.png" for name in pictures])
-    trainer.strategy.barrier()
+    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
+    finish_run(
+        directory,
+        config,
+        trainer,
+        data,
+        subject_of_run=subject_of_run,
+        evaluate=evaluate,
+        table=table,
+        pictures=PICTURES,
+    )
 
 
 def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> None:

@@ -57,6 +57,11 @@ def peers() -> list[dict[str, str]]:
     return _read("peers.csv")
 
 
+def published_detectors() -> list[dict[str, str]]:
+    """torchvision's detectors, their backbones, and their figures on COCO with the weights that `source` names."""
+    return _read("detectors.csv")
+
+
 def published_accuracy(name: str, width: float) -> tuple[float, float] | None:
     """Top-1 and Top-5 in percent that timm measured on the test set `name`; None if `width` is not published."""
     for row in _read("timm_results.csv"):

@@ -13,9 +13,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from repghost.errors import UserError, printable
+from repghost.schema.detection import EvaluateDetection, TrainDetection
 from repghost.schema.keys import Evaluate, Part, Train
 
-PROGRAMS: dict[str, type[Part]] = {"train": Train, "evaluate": Evaluate}
+# The config of a command for each task, in conf/NAME.yaml.
+PROGRAMS: dict[str, type[Part]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "train_detection": TrainDetection,
+    "evaluate_detection": EvaluateDetection,
+}
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 _TYPES = {"integer": "a whole number", "number": "a number"}
 
@@ -37,7 +44,7 @@ class Key(NamedTuple):
 
 @cache
 def keys(program: str) -> dict[str, Key]:
-    """Every key of `program` ("train" or "evaluate") and every part, by its name on the command line."""
+    """Every key of `program`, one of PROGRAMS, and every part, by its name on the command line."""
     schema = PROGRAMS[program].model_json_schema()
     return dict(_keys(schema, schema.get("$defs", {}), ""))
 
@@ -122,13 +129,16 @@ def _message(program: str, error: ErrorDetails, values: Mapping[str, Any], given
         argument = f"{name}={shown(_value(values, name))}"
         if any(f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.") for each in given):
             return unknown_key(argument, name, known)
-        return f"{argument}: no key of {program}.py; a choice that sets it is for another command"
+        command = program.partition("_")[0]
+        return f"{argument}: no key of {command}.py; a choice that sets it is for another command or task"
     words = known[name].words if name in known else "what conf/ has"
     return f"{name}={shown(_value(values, name))}: give {words}"
 
 
 def unknown_key(argument: str, name: str, known: Iterable[str]) -> str:
-    """The line for a key that does not exist."""
+    """The line for a key that does not exist, or not for this task."""
+    if any(name in keys(program) for program in PROGRAMS):
+        return f"{argument}: another task or command has this key, this one does not read it"
     near = difflib.get_close_matches(name, list(known), n=1) or [k for k in known if k.endswith(f".{name}")][:1]
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{argument}: no such key; {hint}--help lists all keys"

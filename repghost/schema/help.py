@@ -17,11 +17,12 @@ _COLUMN = 40  # where sentences begin
 
 def help_text(program: str, description: str, conf: Path) -> str:
     """description: of the program, with examples. conf: the folder of its configs."""
+    command = program.partition("_")[0]
     return "\n".join(
         [
-            f"usage: python {program}.py [KEY=VALUE ...]",
-            f"       python {program}.py -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
-            f"       python {program}.py --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
+            f"usage: python {command}.py [KEY=VALUE ...]",
+            f"       python {command}.py -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
+            f"       python {command}.py --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
             f"\n{description}",
             "\nGroups of values, in conf/GROUP/CHOICE.yaml:",
             *_group_rows(program, conf),
@@ -40,9 +41,24 @@ def _group_rows(program: str, conf: Path) -> Iterator[str]:
             text = file.read_text()
             if "\ntest_set:" in text and "test_set" not in keys(program):
                 continue
+            if task_of_choice(group, file.stem, conf) not in (None, task_of(program)):
+                continue
             comments = [line for line in text.splitlines() if line.startswith("# ") and "@" not in line]
             by_default = " (default)" if file.stem == chosen[group] else ""
             yield f"  {f'{group}={file.stem}':<{_COLUMN}}  {comments[0].removeprefix('# ')}{by_default}"
+
+
+def task_of(program: str) -> str:
+    """The task that `program`, one of PROGRAMS, is for."""
+    return program.partition("_")[2] or "classification"
+
+
+def task_of_choice(group: str, choice: str, conf: Path) -> str | None:
+    """The task that a data set or recipe is for, by its file in the folder `conf`; None for what is no such file."""
+    path = conf / group / f"{choice}.yaml"
+    if group not in ("data", "recipe") or not path.is_file():
+        return None
+    return "detection" if "\ntask: detection" in path.read_text() else "classification"
 
 
 def key_rows(program: str, conf: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from repghost.schema.values import (
     Count,
     FolderName,
     ImageSize,
+    Loader,
     Mean,
     NotNegative,
     Part,
@@ -39,7 +40,6 @@ class Shared(Part):
     """What training and evaluation share: conf/base.yaml."""
 
     results: Path = key("CSV file to which every finished evaluation appends a row")
-    loader: Literal["auto", "dali", "torch"] = key("what decodes; auto: dali where installed, unless data.workers is 0")
     deterministic: bool = key("use deterministic algorithms only")
 
 
@@ -158,19 +158,47 @@ class Logger(Part):
     settings: LoggerSettings = optional()
 
 
-class Train(Shared):
-    """conf/train.yaml."""
+class Training(Shared):
+    """What trainings of every task share: conf/training.yaml."""
 
-    width: Width = key("width multiplier: 0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5 and 2.0 are published")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = key("of everything random")
     name: FolderName | None = key("the run's folder in output; null: data set, recipe, width, seed, other overrides")
     output: Path = key("folder of the runs' folders")
-    weights: Path | None = key("what to start from, but for the classifier: timm, official:FILE, a file or a folder")
-    freeze_epochs: Annotated[int, Field(ge=0)] = key("epochs in which only the classifier learns, at most epochs")
     accumulate: Count = key("batches that a step adds up; batch_size stays the global batch of a step")
     precision: Literal["auto", "float32", "bf16", "fp16"] = key(
         "of the training; auto: bf16 or fp16 on a GPU, float32 on a CPU; validation is float32"
     )
+    profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
+    checkpoint: Checkpoints
+    curve_seconds: NotNegative = key("curve.png is drawn again at the end of an epoch when it is older")
+    trainer: TrainingDevices
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = key("passes over the training images")
+    batch_size: Annotated[int, Field(ge=2, le=1_048_576)] = key("images of a step on all devices together")
+    recipe: Any
+    logger: Logger
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        recipe = self.recipe
+        if (recipe.ema_decay is None) == (recipe.ema_span is None):
+            both = f"recipe.ema_decay={_text(recipe.ema_decay)}, recipe.ema_span={_text(recipe.ema_span)}"
+            raise ValueError(f"{both}: give one, and null for the other")
+        if self.batch_size < 2 * self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate}: leaves less than two images of batch_size={self.batch_size} "
+                "for a batch, which BatchNorm needs"
+            )
+        return self
+
+
+class Train(Training):
+    """conf/train.yaml."""
+
+    task: Literal["classification"] = key("what is trained", json_schema_extra={"words": "classification or detection"})
+    width: Width = key("width multiplier: 0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5 and 2.0 are published")
+    weights: Path | None = key("what to start from, but for the classifier: timm, official:FILE, a file or a folder")
+    freeze_epochs: Annotated[int, Field(ge=0)] = key("epochs in which only the classifier learns, at most epochs")
+    loader: Loader
     channels_last: bool = key("memory format of images and weights")
     compile: Literal["auto"] | bool = key(
         "torch.compile training step and validation, which takes minutes, once; auto: on GPUs"
@@ -178,21 +206,14 @@ class Train(Shared):
     compile_mode: Literal["default", "reduce-overhead"] = key(
         "reduce-overhead: the compiled step as CUDA graphs, for GPUs that wait for the host; takes more memory"
     )
-    profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
-    checkpoint: Checkpoints
-    curve_seconds: NotNegative = key("curve.png is drawn again at the end of an epoch when it is older")
     data: TrainingData
-    trainer: TrainingDevices
     model: Model
     classifier: Classifier
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = key("passes over the training images")
-    batch_size: Annotated[int, Field(ge=2, le=1_048_576)] = key("images of a step on all devices together")
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     recipe: Recipe
-    logger: Logger
 
     @model_validator(mode="after")
-    def _together(self, info: ValidationInfo) -> Self:
+    def _fit(self, info: ValidationInfo) -> Self:
         """Context: the keys on the command line. A recipe's own warm-up may be longer than a run that was cut short."""
         epochs, recipe = self.epochs, self.recipe
         for name, value in (("recipe.warmup_epochs", recipe.warmup_epochs), ("freeze_epochs", self.freeze_epochs)):
@@ -201,18 +222,10 @@ class Train(Shared):
         if self.freeze_epochs and self.weights is None:
             frozen = f"freeze_epochs={self.freeze_epochs}: there is nothing learned to freeze without weights"
             raise ValueError(f"{frozen}: give weights=timm or weights=FILE")
-        if (recipe.ema_decay is None) == (recipe.ema_span is None):
-            both = f"recipe.ema_decay={_text(recipe.ema_decay)}, recipe.ema_span={_text(recipe.ema_span)}"
-            raise ValueError(f"{both}: give one, and null for the other")
         if self.accumulate > 1 and self.compile_mode == "reduce-overhead":
             raise ValueError(
                 f"accumulate={self.accumulate}: CUDA graphs overwrite the gradients that it adds up: "
                 "give compile_mode=default"
-            )
-        if self.batch_size < 2 * self.accumulate:
-            raise ValueError(
-                f"accumulate={self.accumulate}: leaves less than two images of batch_size={self.batch_size} "
-                "for a batch, which BatchNorm needs"
             )
         return self
 
@@ -225,6 +238,7 @@ class Evaluate(Shared):
     weights: Path | None = key("instead of run: timm (published), official:FILE, a file of any form, or a folder")
     width: Width = key("width multiplier of weights that do not say it themselves")
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
+    loader: Loader
     precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
     report: Report | Annotated[list[Report], Field(min_length=1)] | None = key(
         "files in the run's folder, or beside results: classes and predictions are CSV, confusion and worst pictures",

@@ -27,7 +27,8 @@ def follows(source: str) -> Any:
     return Field(json_schema_extra={"follows": source})
 
 
-def _ascending(values: list[float]) -> list[float]:
+def ascending(values: list[float]) -> list[float]:
+    """Raises ValueError unless `values` ascend."""
     if values != sorted(values):
         raise ValueError("not ascending")
     return values
@@ -48,6 +49,10 @@ FolderName = Annotated[
     Field(json_schema_extra={"format": "text", "words": "the name of a folder, at most 255 bytes, without /"}),
 ]
 Count = Annotated[int, Field(ge=1)]
+Loader = Annotated[
+    Literal["auto", "dali", "torch"],
+    Field(description="what decodes; auto: dali where installed, unless data.workers is 0"),
+]
 Processes = Literal["auto"] | Annotated[int, Field(ge=0, le=512)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -56,8 +61,8 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 
 _PAIR: dict[str, Any] = {"min_length": 2, "max_length": 2, "json_schema_extra": {"shape": "[LOW,HIGH] in this order"}}
-Shares = Annotated[list[ShareAboveZero], AfterValidator(_ascending), Field(**_PAIR)]
-Positives = Annotated[list[Positive], AfterValidator(_ascending), Field(**_PAIR)]
+Shares = Annotated[list[ShareAboveZero], AfterValidator(ascending), Field(**_PAIR)]
+Positives = Annotated[list[Positive], AfterValidator(ascending), Field(**_PAIR)]
 _RGB: dict[str, Any] = {"min_length": 3, "max_length": 3, "json_schema_extra": {"shape": "[R,G,B]"}}
 Mean = Annotated[list[Share], Field(**_RGB)]
 Std = Annotated[list[ShareAboveZero], Field(**_RGB)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -14,8 +15,9 @@ class BatchCounts:
     """
 
     def __init__(self, model: nn.Module, average: nn.Module) -> None:
-        norms = ([m for m in network.modules() if isinstance(m, nn.BatchNorm2d)] for network in (model, average))
-        self._norms = list(zip(*norms, strict=True))
+        pairs = zip(model.modules(), average.modules(), strict=True)
+        # Those that do not learn keep their statistics, and count nothing.
+        self._norms: list[Any] = [p for p in pairs if isinstance(p[0], nn.BatchNorm2d) and p[0].weight.requires_grad]
         self._counters = [[norm.num_batches_tracked for norm in pair] for pair in self._norms]
         self._batches = 0  # since they were last written
         self._taken_out = False

@@ -38,14 +38,14 @@ from torch import Tensor
 from repghost.description import KEY, Description
 from repghost.errors import UserError, print_rank_zero
 from repghost.files import atomic_write, remove_leftovers
-from repghost.training.classifier import ImageClassifier
 from repghost.training.internals import rescale_batches, restart_validation
+from repghost.training.module import TrainingModule
 from repghost.training.reduction import GO_ON, SAVE, STOP, Requests
 from repghost.training.signals import StopSignals
 from repghost.weights import damage, read_checkpoint
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-BEST = {"best_raw.ckpt": "val_top1", "best_ema.ckpt": "ema_top1"}
+BEST = {"best_raw.ckpt": "val", "best_ema.ckpt": "ema"}  # of the raw and of the averaged weights
 
 # Changes with the content of a checkpoint; 1 had no such key.
 FORMAT = 2
@@ -121,9 +121,9 @@ def resume_point(folder: Path) -> Path | None:
     return None
 
 
-def require_room(folder: Path, classifier: ImageClassifier) -> None:
+def require_room(folder: Path, module: TrainingModule) -> None:
     """Raises UserError where the disk has less room than two checkpoints of a run need."""
-    network = sum(tensor.nbytes for tensor in classifier.model.state_dict().values())
+    network = sum(tensor.nbytes for tensor in module.model.state_dict().values())
     needed = 2 * _TENSORS_OF_A_WEIGHT * network
     there = next(path for path in folder.parents if path.exists())
     if (free := shutil.disk_usage(there).free) < needed:
@@ -200,13 +200,13 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             require_shared(self._folder.parent, trainer.strategy)
         if trainer.is_global_zero:
-            require_room(self._folder, _classifier(trainer))
+            require_room(self._folder, _module(trainer))
         if self.record:
             self.record()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signals.deferred = True
-        _classifier(trainer).requests = self._requests
+        _module(trainer).requests = self._requests
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved = time.monotonic()
@@ -228,8 +228,9 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # last.ckpt comes last: a process that dies before it trains the rest of the epoch again, and saves all again.
-        history = _classifier(trainer).history
-        best = [name for name, column in BEST.items() if history[-1][column] >= max(row[column] for row in history)]
+        history, metric = _module(trainer).history, _module(trainer).metric
+        columns = {name: f"{of}_{metric}" for name, of in BEST.items()}
+        best = [name for name, column in columns.items() if history[-1][column] >= max(row[column] for row in history)]
         self._save(trainer, *best, LAST)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -256,7 +257,7 @@ class Checkpoints(Checkpoint):
             self.signals.stop()
 
     def _save(self, trainer: pl.Trainer, name: str, *copies: str) -> None:
-        _classifier(trainer).require_finite_loss()
+        _module(trainer).require_finite_loss()
         trainer.save_checkpoint(self._folder / name, storage_options=copies)
         self._saved = time.monotonic()
         self._requests.clear()  # fulfilled
@@ -288,8 +289,8 @@ def _kept(path: Path) -> str | None:
     return PREVIOUS if path.name == LAST else None
 
 
-def _classifier(trainer: pl.Trainer) -> ImageClassifier:
-    assert isinstance(trainer.lightning_module, ImageClassifier)
+def _module(trainer: pl.Trainer) -> TrainingModule:
+    assert isinstance(trainer.lightning_module, TrainingModule)
     return trainer.lightning_module
 
 

@@ -1,4 +1,4 @@
-"""ImageClassifier: what a training step, a validation and a checkpoint of a run are.
+"""ImageClassifier: what a training step and a validation of a classifier are.
 
 Batches arrive from the data module with images float32 [N, 3, H, W] on the device (in a training in bf16 on a GPU:
 bfloat16, in channels_last), labels int64 [N] and positions int64 [N]; label -1 marks a row without an image. Raw and
@@ -6,115 +6,68 @@ averaged weights are validated side by side in float32.
 Check: `pytest tests/test_classifier.py`.
 """
 
-import gc
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch import Tensor
+from torch.optim import Optimizer
 
 from repghost.dataset import Batch
-from repghost.errors import UserError
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
-from repghost.training.batchnorm import BatchCounts
-from repghost.training.ema import WeightAverage, ema_decay
-from repghost.training.internals import LightningModule
-from repghost.training.reduction import HostCopy, RankAverage, Requests, steps_ahead
+from repghost.training.module import TrainingModule
 from repghost.training.schedule import epoch_learning_rate
 from repghost.training.trainer import compile_step, compiles
 
 
-class ImageClassifier(LightningModule):
-    """Trains `model` by a recipe; `ema.model` is its average, `history` the rows of metrics.csv.
+class ImageClassifier(TrainingModule):
+    """Trains a RepGhostNet to classify images.
 
-    recipe: the `recipe` block of a run's config. batch_size: global. compile, compile_mode: of the training step and
-    the validation, see `repghost.training.trainer`. freeze_epochs: epochs in which only the last layer learns.
-    `requests`: what the ranks exchange in a step beside gradients and statistics.
+    compile, compile_mode: of the training step and the validation, see `repghost.training.trainer`. freeze_epochs:
+    epochs in which only the last layer learns. The other arguments are those of TrainingModule.
     """
 
-    requests: Requests | None = None
+    metric, nesterov = "top1", True
+    model: RepGhostNet
 
     def __init__(
         self,
         model: RepGhostNet,
         recipe: Mapping[str, Any],
         *,
-        epochs: int,
-        batch_size: int,
-        steps_per_epoch: int,
         freeze_epochs: int,
         channels_last: bool,
         compile: bool | str,
         compile_mode: str,
-        seed: int,
+        **run: int,
     ) -> None:
-        super().__init__()
-        self._recipe, self._epochs, self._batch_size, self._seed = recipe, epochs, batch_size, seed
+        model = model.to(memory_format=torch.channels_last) if channels_last else model
+        identity = {"width": model.width, "classes": model.classifier.out_features}
+        super().__init__(model, recipe, identity=identity, **run)
         self._freeze_epochs, self._smoothing = freeze_epochs, float(recipe["label_smoothing"])
         self._compile, self._compile_mode = compile, compile_mode
-        self.model = model.to(memory_format=torch.channels_last) if channels_last else model
-        self.ema = WeightAverage(self.model, ema_decay(recipe, epochs * steps_per_epoch))
-        self.history: list[dict[str, float]] = []
         self._loss: Callable[[Tensor, Tensor], Tensor] = self._network_and_loss
         self._scores: Callable[[Tensor, Tensor], Tensor] = self._networks_and_scores
-        self._average_ranks: RankAverage | None = None
-        self._collected = False  # Python's garbage
-        self._counts = BatchCounts(self.model, self.ema.model)
-        self._steps: deque[tuple[HostCopy, int, int, Tensor]] = deque()  # loss is finite, epoch, batch, positions
-        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64)  # raw, averaged
-        # What a checkpoint must agree with; config.yaml, which says more, may have been lost.
-        self._run = {"width": model.width, "classes": model.classifier.out_features, "epochs": epochs}
-        self._run |= {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch, "seed": seed}
-
-    # -- the optimizer ---------------------------------------------------------------------------------------------
 
     def epoch_learning_rate(self, epoch: int) -> float:
-        """The learning rate of `epoch`, scaled to the batch size."""
         return epoch_learning_rate(self._recipe, epoch, epochs=self._epochs, batch_size=self._batch_size)
 
-    def configure_optimizers(self) -> Optimizer:
-        """SGD with Nesterov momentum."""
-        return SGD(
-            parameter_groups(self.model, self._recipe["weight_decay"]),
-            lr=self.epoch_learning_rate(0),
-            momentum=self._recipe["momentum"],
-            nesterov=self._recipe["momentum"] > 0,
-            fused=self._fused,
-        )
-
-    @property
-    def _fused(self) -> bool | None:
-        """Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD."""
-        return self.device.type == "cuda" or None
+    def epoch_words(self, row: Mapping[str, float]) -> str:
+        return f"Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%"
 
     # -- training --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self.ema.to(self.device)
-        self._train_sums = self._train_sums.to(self.device)
-        self._counts = BatchCounts(self.model, self.ema.model)  # of the tensors on this device
-        self._counts.take_out()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._average_ranks = RankAverage(self.model)
+        super().on_fit_start()
         if compiles(self._compile, self.device):
             self._loss = compile_step(self._network_and_loss, self._compile_mode)
             self._scores = compile_step(self._networks_and_scores)
 
-    def on_train_start(self) -> None:
-        # A checkpoint may be of another device, whose optimizer is another one.
-        prepare_optimizer(self.trainer.optimizers[0], self._fused)
-
     def on_train_epoch_start(self) -> None:
-        # A pure function of the epoch: there is no scheduler whose state could be lost.
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.epoch_learning_rate(self.current_epoch)
+        self.set_learning_rate(self.epoch_learning_rate(self.current_epoch))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         learning = self.current_epoch >= self._freeze_epochs
@@ -122,32 +75,14 @@ class ImageClassifier(LightningModule):
             # Frozen, BatchNorm keeps the statistics that the weights came with.
             self.model.train(learning)
             self.model.dropout.train()
-        # Dropout differs between ranks; repeating a batch after a resume repeats its dropout.
-        seed_dropout(step_seed(self._seed, self.current_epoch, batch_idx, self.global_rank), self.device)
+        super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._loss(batch.images, batch.labels)
-        if self.model.training:
-            self._counts.add_batch()
-        images = (batch.labels >= 0).sum()
-        self._train_sums += torch.stack([loss.detach().double() * images, images])
-        self.require_finite_loss(steps_ahead(self.device) - 1)
-        self._steps.append((HostCopy(loss.detach().isfinite()), self.current_epoch, batch_idx, batch.positions))
-        return loss
+        return self.step_taken(loss, (batch.labels >= 0).sum(), batch.positions, batch_idx)
 
     def _network_and_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         return smoothed_cross_entropy(self.model(images), labels, self._smoothing)
-
-    def require_finite_loss(self, but: int = 0) -> None:
-        """Raises UserError when the loss of a step, `but` the last ones, was not finite; waits for those steps."""
-        while len(self._steps) > but:
-            finite, epoch, batch, positions = self._steps.popleft()
-            if not finite.read():
-                raise UserError(
-                    f"the loss is not finite in epoch {epoch}, batch {batch} (positions {int(positions[0])} to "
-                    f"{int(positions[-1])} of the epoch); the last checkpoint was saved before it: "
-                    "start a new run with a smaller learning rate or another precision"
-                )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.current_epoch < self._freeze_epochs:
@@ -156,41 +91,10 @@ class ImageClassifier(LightningModule):
                 if not name.startswith("classifier."):
                     parameter.grad = None
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        def closure() -> Any:
-            # The forward and the backward pass. AMP looks for infinities in the gradients that all ranks share.
-            loss = optimizer_closure() if optimizer_closure else None
-            if self._average_ranks:
-                self._average_ranks(self.requests)
-            return loss
-
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        trainer: Any = self.trainer
-        with trainer.profiler.profile("[ImageClassifier].average"):
-            self.ema.update(self.model)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not self._collected:
-            # What is there after the first step stays. Python would look through all of it again and again.
-            gc.collect()
-            gc.freeze()
-            self._collected = True
-
-    def on_train_end(self) -> None:
-        gc.unfreeze()
-        self._counts.put_back()
-
-    @property
-    def images_per_batch(self) -> int:
-        """Images that all ranks together take in one batch of the trainer."""
-        return self._batch_size // self.trainer.accumulate_grad_batches
-
     # -- validation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.require_finite_loss()
+        super().on_validation_epoch_start()
         self._score_sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -201,51 +105,11 @@ class ImageClassifier(LightningModule):
         return torch.stack([score_sums(model(images), labels) for model in (self.model, self.ema.model)])
 
     def on_validation_epoch_end(self) -> None:
-        # Sums, not means, are reduced: every image counts once on any number of ranks.
-        raw, averaged = (scores(s) for s in self.trainer.strategy.reduce(self._score_sums, reduce_op="sum"))
-        loss, images = self.trainer.strategy.reduce(self._train_sums.clone(), reduce_op="sum").tolist()
-        self._train_sums.zero_()
-        epoch, rate = self.current_epoch, self.epoch_learning_rate(self.current_epoch)
-        row = {"epoch": epoch, "lr": rate, "train_loss": loss / max(images, 1)}
-        for name, result in (("val", raw), ("ema", averaged)):
-            row |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1, f"{name}_top5": result.top5}
-        self.history.append(row)
-        for logger in self.trainer.loggers:
-            logger.log_metrics(row, step=epoch)
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """With BatchNorm's counters, which are not in the network while it is trained."""
-        with self._counts.in_place():
-            return super().state_dict(*arguments, **options)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        with self._counts.in_place():
-            checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
-        checkpoint["history"] = self.history
-        checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for key, value in self._run.items():
-            if (before := checkpoint["run"][key]) != value:
-                raise UserError(f"the checkpoint is of a run with {key}={before}, this command says {key}={value}")
-        self.ema.model.load_state_dict(checkpoint["ema"])
-        self.history = checkpoint["history"]
-        sums = checkpoint["train_sums"]
-        if len(sums) == self.trainer.world_size:
-            self._train_sums.copy_(sums[self.global_rank])
-        elif self.global_rank == 0:  # another number of ranks: rank 0 takes the sum of all
-            self._train_sums.copy_(sums.sum(dim=0))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weight decay for parameters with more than one dimension that are not biases, none for the rest."""
-    others: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (others if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+        figures: dict[str, float] = {}
+        sums = self.trainer.strategy.reduce(self._score_sums, reduce_op="sum")
+        for name, result in zip(("val", "ema"), map(scores, sums), strict=True):
+            figures |= {f"{name}_loss": result.loss, f"{name}_top1": result.top1, f"{name}_top5": result.top5}
+        self.end_epoch(figures)
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -257,33 +121,3 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
-
-
-def prepare_optimizer(optimizer: Optimizer, fused: bool | None) -> None:
-    """Makes SGD `fused` or not, whatever the state says that it was given.
-
-    Fused, every parameter gets a momentum of zero where it has none: torch takes the momentum of all or of none, and at
-    the first step leaves uninitialized memory where AMP skips that step. The first update of a zero is the gradient.
-    """
-    for group in optimizer.param_groups:
-        group["fused"] = fused
-        for parameter in group["params"] if fused and group["momentum"] else ():
-            state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seeds the generators that a step draws from, as torch.manual_seed does, which takes longer for all devices."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def step_seed(*parts: int) -> int:
-    """A 63-bit seed for what is drawn at one place of a run, such as (seed, epoch, batch, rank).
-
-    numpy's SeedSequence mixes the numbers, so that neighbours give unrelated streams.
-    """
-    words = np.random.SeedSequence(parts).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(1))

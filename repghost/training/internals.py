@@ -36,7 +36,7 @@ STAGE_OF_ACTION = {
     ".backward": "backward",
     ".optimizer_zero_grad": "optimizer",
     ".optimizer_step": "optimizer",
-    ".average": "EMA",  # ours, in ImageClassifier.optimizer_step
+    ".average": "EMA",  # ours, in TrainingModule.optimizer_step
     ".on_train_batch_start": "logging and checks",
     ".on_train_batch_end": "logging and checks",
 }

@@ -29,7 +29,7 @@ from repghost.dataset import DataModule
 from repghost.figures import draw_curve
 from repghost.files import atomic_write, rows_as_csv, write_text
 from repghost.reference import Row, standing
-from repghost.training.classifier import ImageClassifier
+from repghost.training.module import TrainingModule
 
 WANDB_ID = "wandb_id.txt"
 
@@ -169,7 +169,7 @@ class RunFiles(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, TrainingModule)
         now, row = time.perf_counter(), pl_module.history[-1]
         epoch, seconds = int(row["epoch"]), self._validating - self._started
         if self._batches:  # an epoch may be entered in its middle, or at its end
@@ -196,7 +196,7 @@ class RunFiles(Callback):
             self.on_train_end(trainer, pl_module)
         print(
             f"epoch {epoch + 1:>3}/{trainer.max_epochs}  lr {row['lr']:.4f}  train loss {row['train_loss']:.4f}"
-            f"  Top-1 raw {row['val_top1']:6.2f}%  EMA {row['ema_top1']:6.2f}%  {speed:,.0f} images/s"
+            f"  {pl_module.epoch_words(row)}  {speed:,.0f} images/s"
             + (f"  {duration(left)} left" if left else "")
             + f"  waited {waited:.0%} for data"
             + (f"  {standing(row, self.official)}" if self.official else ""),
@@ -205,7 +205,7 @@ class RunFiles(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, ImageClassifier)
+        assert isinstance(pl_module, TrainingModule)
         if pl_module.history:
             with atomic_write(self._directory / "curve.png") as file:
                 draw_curve(pl_module.history, self.official, file)
@@ -242,7 +242,7 @@ class SpeedBar(TQDMProgressBar):
         bar = self.train_progress_bar.format_dict
         # Lightning sets the bar's position, of which tqdm measures no rate of its own.
         rate = (bar["n"] - bar["initial"]) / bar["elapsed"] if bar["elapsed"] else 0
-        if rate and isinstance(pl_module, ImageClassifier):
+        if rate and isinstance(pl_module, TrainingModule):
             shown["images/s"] = f"{rate * pl_module.images_per_batch:,.0f}"
             epochs = (trainer.max_epochs or 0) - trainer.current_epoch - bar["n"] / trainer.num_training_batches
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A recipe: how far a run is from the paper's, and what a run prints of it at its start.
+"""A training of a classifier before its first step: how far it is from the paper's recipe, and what it prints of it.
 
 Check: `pytest tests/test_recipe.py tests/test_classifier.py`.
 """
@@ -7,17 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from repghost.command_line import CONF
 from repghost.dataset import DataModule
 from repghost.errors import print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
+from repghost.reference import Row, reference_curve
 from repghost.run import flat, resolve_recipe
 from repghost.schema.check import shown
+from repghost.training.module import TrainingModule
 from repghost.training.schedule import linear_scale
+from repghost.training.trainer import compiles, keep_compiled
+from repghost.weights import start_from
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
+
+
+def prepare(config: DictConfig, trainer: pl.Trainer, data: Any) -> tuple[TrainingModule, dict[int, Row] | None]:
+    """The module that trains a run's classifier, with its initial weights, and the official run to compare it with.
+
+    data: the run's data module, loaded for training. Prints what is about to be trained.
+    """
+    model = instantiate(config.model, num_classes=data.num_classes)
+    if config.weights:
+        start_from(model, config.weights)
+    data.augment.match_step(trainer.strategy.root_device, trainer.precision, config.channels_last)
+    if compiles(config.compile, trainer.strategy.root_device):
+        keep_compiled(Path(config.data.cache) / "compiled")
+        print_rank_zero("compile    the first batches take a minute or two, in which the step is compiled, once")
+        data.augment.compile()
+    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
+    official = reference_curve(config.width, config.epochs, data.counts)
+    describe(config, CONF / "recipe" / "paper.yaml", trainer, data, model, official is not None)
+    return classifier, official
 
 
 def deviations(config: DictConfig, paper: Any, ranks: int, precision: str) -> list[str]:

@@ -91,7 +91,8 @@ class Requests:
 
 
 class RankAverage:
-    """Averages the gradients and the floating-point buffers (BatchNorm's statistics) of `model` over all ranks.
+    """Averages the gradients of what learns and the floating-point buffers (BatchNorm's statistics) of `model` over all
+    ranks.
 
     Every rank then holds the same model at any moment. The official runs kept each rank's own statistics. The rounding
     is DistributedDataParallel's. Raises ValueError unless all of it has one dtype.
@@ -99,7 +100,7 @@ class RankAverage:
 
     def __init__(self, model: nn.Module) -> None:
         self._ranks = dist.get_world_size()
-        self._parameters = list(model.parameters())
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         tensors = [*self._parameters, *self._buffers]
         if len(dtypes := {tensor.dtype for tensor in tensors}) > 1:

@@ -1,10 +1,11 @@
-"""The learning-rate curve: linear warm-up, then a cosine, constant within an epoch.
+"""The learning-rate curve of the classifiers: linear warm-up, then a cosine, constant within an epoch.
 
     e < warm-up epochs:  start + e (peak - start) / warm-up epochs
     otherwise:           final + (peak - final) (1 + cos(pi e / epochs)) / 2
 
 The cosine is not shifted by the warm-up. With the paper's values (0.6, 1e-4, 1e-5, 5 of 300 epochs) this is the `lr`
-column of all eight official logs, to the printed digits. Check: `pytest tests/test_schedule.py`.
+column of all eight official logs, to the printed digits. Detectors have a rate of each step.
+Check: `pytest tests/test_schedule.py`.
 """
 
 import math
@@ -35,3 +36,20 @@ def epoch_learning_rate(recipe: Mapping[str, Any], epoch: int, *, epochs: int, b
     )
     warmup = recipe["warmup_epochs"]
     return learning_rate(epoch, epochs=epochs, peak=peak, start=start, final=final, warmup_epochs=warmup)
+
+
+def step_learning_rate(
+    recipe: Mapping[str, Any], step: int, *, epochs: int, steps_per_epoch: int, peak: float
+) -> float:
+    """The learning rate of `step`, counted from 0, by a recipe for detectors, which has `peak` after its warm-up.
+
+    schedule=steps multiplies by `decay` after every epoch of `milestones`; cosine falls to 0 at the end of the run. The
+    warm-up multiplies by what rises linearly from `warmup_factor` to 1 in `warmup_steps` steps.
+    """
+    if recipe["schedule"] == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * step / (epochs * steps_per_epoch)))
+    else:
+        factor = recipe["decay"] ** sum(step >= epoch * steps_per_epoch for epoch in recipe["milestones"] or ())
+    if step < (warmup := recipe["warmup_steps"]):
+        factor *= recipe["warmup_factor"] + (1 - recipe["warmup_factor"]) * step / warmup
+    return float(peak * factor)

@@ -155,7 +155,7 @@ def keep_freed_memory() -> None:
 class _DataParallel(DDPStrategy):
     """A network on every rank, without DistributedDataParallel around it.
 
-    ImageClassifier averages the gradients itself: in one all-reduce with all else that the ranks exchange in a step,
+    TrainingModule averages the gradients itself: in one all-reduce with all else that the ranks exchange in a step,
     and with the compiled step as one graph, which DistributedDataParallel cuts into one for each of its buckets.
     """
 
