@@ -46,7 +46,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import ROOT, described, kernels_of_training, machine, read_table, wait_for, write_table
 from benchmarks.feeding import InTraining
-from repghost.detection import detections, figures
+from repghost.detection.detections import Detections
+from repghost.detection.figures import FIGURES, Truth
 from repghost.detection.run import load_detector
 from repghost.machine import available_cpus
 
@@ -77,12 +78,12 @@ def evaluate(model: Any, config: DictConfig) -> tuple[float, list[float]]:
         moved = data.transfer_batch_to_device(data.on_before_batch_transfer(batch, 0), device, 0)
         moved = data.on_after_batch_transfer(moved, 0)
         with torch.inference_mode():
-            found.append(detections.Detections.of(model(moved.images), moved.positions))
+            found.append(Detections.of(model(moved.images), moved.positions))
     index = data.index("val")
-    joined = detections.Detections.joined(found, device)
+    joined = Detections.joined(found, device)
     assert joined is not None
-    stats = figures.Truth(index.annotations(), index.category_ids).figures(joined)
-    return time.perf_counter() - start, [stats[name] for name in figures.FIGURES]
+    stats = Truth(index.annotations(), index.category_ids).figures(joined)
+    return time.perf_counter() - start, [stats[name] for name in FIGURES]
 
 
 # -- the reference -----------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def reference_figures(truth: Any, results: list[dict[str, Any]]) -> tuple[float,
 # -- figures alone -----------------------------------------------------------------------------------------------------
 
 
-def synthetic(images: int, objects: int, classes: int) -> tuple[dict[str, Any], detections.Detections]:
+def synthetic(images: int, objects: int, classes: int) -> tuple[dict[str, Any], Detections]:
     """Annotations in COCO's format, and detections: the same boxes, moved a little, and a tenth of other classes."""
     rng = np.random.default_rng(0)
     corners, sides = rng.uniform(0, 400, (images * objects, 2)), rng.uniform(8, 200, (images * objects, 2))
@@ -194,7 +195,7 @@ def synthetic(images: int, objects: int, classes: int) -> tuple[dict[str, Any], 
     labels = np.where(rng.random(len(labels)) < 0.1, rng.integers(1, classes + 1, len(labels)), labels)
     scores = rng.random(len(labels))
     order = np.lexsort((-scores, rows))
-    found = detections.Detections(
+    found = Detections(
         torch.arange(images), torch.from_numpy(rows[order]), torch.from_numpy(labels[order]),
         torch.from_numpy(scores[order]).float(), torch.from_numpy(np.hstack([moved, moved + sides])[order]).float(),
         torch.empty(0, dtype=torch.uint8), torch.zeros(len(labels), dtype=torch.int64),
@@ -202,14 +203,14 @@ def synthetic(images: int, objects: int, classes: int) -> tuple[dict[str, Any], 
     return truth, found
 
 
-def figures_alone(truth: dict[str, Any], found: detections.Detections) -> Iterator[tuple[float, list[float]]]:
+def figures_alone(truth: dict[str, Any], found: Detections) -> Iterator[tuple[float, list[float]]]:
     """Seconds and COCO's figures: ours, then pycocotools', both from the same arrays."""
     from pycocotools.coco import COCO
 
     categories = [category["id"] for category in truth["categories"]]
     start = time.perf_counter()
-    ours = figures.Truth(truth, categories).figures(found)
-    yield time.perf_counter() - start, [ours[name] for name in figures.FIGURES]
+    ours = Truth(truth, categories).figures(found)
+    yield time.perf_counter() - start, [ours[name] for name in FIGURES]
     start = time.perf_counter()
     with redirect_stdout(StringIO()):
         theirs = COCO()

@@ -9,7 +9,6 @@ import logging
 import os
 import resource
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 import torchvision
+from isal.isal_zlib import crc32
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -123,7 +123,7 @@ class ShardReader:
         """The bytes of sample `row`; BadImage when they are not those that were indexed."""
         sample = self.index.samples[row]
         content = self._read(row, 0, int(sample["size"]))
-        if zlib.crc32(content) != sample["crc32"]:
+        if crc32(content) != sample["crc32"]:
             raise BadImage(f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)")
         if not sample["height"]:
             raise BadImage(f"{self.index.name(row)}: {why_unreadable(content)}")

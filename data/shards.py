@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
+from isal.isal_zlib import crc32
 from tqdm import tqdm
 
 from data.parallel import check_stop, run_parallel
@@ -290,7 +290,7 @@ def _verify_shard(task: tuple[str, np.ndarray, str | None]) -> list[str]:
             check_stop()
             data = os.pread(file.fileno(), int(sample["size"]), int(sample["offset"]))
             try:
-                if zlib.crc32(data) != sample["crc32"]:
+                if crc32(data) != sample["crc32"]:
                     raise DecodeError("its bytes have changed (checksum)")
                 open_image(data, decode=True)
             except DecodeError as error:

@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data.parallel import check_stop
 from repghost.errors import UserError, printable
@@ -122,7 +122,7 @@ def _label(path: str, member: tarfile.TarInfo, data: bytes) -> int:
 
 def _locate(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...]:
     """A row of SAMPLE without the label, for a member that is no image."""
-    return member.offset_data, 0, member.size, 1, 1, zlib.crc32(data)
+    return member.offset_data, 0, member.size, 1, 1, crc32(data)
 
 
 def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ def _describe(path: str, member: tarfile.TarInfo, data: bytes) -> tuple[int, ...
         width, height = open_image(data, decode=False).size
     except DecodeError:
         width = height = 0
-    return member.offset_data, 0, member.size, height, width, zlib.crc32(data)
+    return member.offset_data, 0, member.size, height, width, crc32(data)
 
 
 def report_unreadable(shards: Sequence[str], samples: np.ndarray) -> None:

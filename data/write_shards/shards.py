@@ -1,11 +1,12 @@
 """Shards that exist, to be written again with what --regions adds. Check: `pytest tests/test_write_regions.py`."""
 
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from data.index import Index, load_indexes
 from data.parallel import run_parallel
@@ -64,11 +65,11 @@ def _source(index: Index, workers: int) -> Source:
     names = dict(run_parallel(member_names, index.shards, min(workers, len(index.shards))))
     entries = []
     columns = (index.samples[name].tolist() for name in ("shard", "offset", "label", "size", "crc32"))
-    for shard, offset, label, size, crc32 in zip(*columns, strict=True):
+    for shard, offset, label, size, checksum in zip(*columns, strict=True):
         if offset not in names[shard]:
             raise UserError(f"{index.shards[shard]}: no tar header before byte {offset}: copy it again")
         key = printable(names[shard][offset]).rpartition(".")[0]
-        entries.append(Entry(key, index.shards[shard], label, size, offset, shard, crc32))
+        entries.append(Entry(key, index.shards[shard], label, size, offset, shard, checksum))
     return Source(index.split, entries, read_samples, shuffle="kept")
 
 
@@ -77,6 +78,6 @@ def read_samples(entries: Sequence[Entry]) -> Iterator[bytes]:
     with open(entries[0].file, "rb") as file:
         for entry in entries:
             content = os.pread(file.fileno(), entry.size, entry.offset or 0)
-            if zlib.crc32(content) != entry.crc32:
+            if crc32(content) != entry.crc32:
                 raise UserError(f"{entry}: its bytes changed since it was indexed (checksum differs): copy it again")
             yield content
