@@ -211,9 +211,13 @@ def within_budget(batches: Iterable[tuple[T, list[str]]], allowed: int) -> Itera
 
 
 def part_of(image: Tensor, piece: Piece, crops: BatchCrops, row: int) -> Tensor:
-    """The part uint8 [h, w, 3] that a row needs of what its file was decoded to, uint8 [H, W, 3]."""
-    top, left, height, width = crops.parts[row].tolist()
-    top, left = top - piece.top, left - piece.left
+    """The window of a row, or as much of it as it needs, in what its file was decoded to: uint8 [H, W, 3] to [h, w, 3].
+
+    All of the window where it is there: to resize a part of it, the part has to be copied.
+    """
+    top, left, height, width = (crops.windows[row] - (piece.top, piece.left, 0, 0)).tolist()
+    if min(top, left) < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
+        top, left, height, width = (crops.parts[row] - (piece.top, piece.left, 0, 0)).tolist()
     return image[top : top + height, left : left + width]
 
 
