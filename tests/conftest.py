@@ -59,7 +59,7 @@ def take_shortcuts(patched: pytest.MonkeyPatch) -> None:
     patched.setattr("repghost.training.loggers.draw_curve", a_pixel)
     # Python looks through all that the tests imported, which pytest_collection_finish froze.
     as_it_is = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
-    patched.setattr("repghost.training.classifier.gc", as_it_is)
+    patched.setattr("repghost.training.module.gc", as_it_is)
 
 
 @pytest.fixture
