@@ -5,6 +5,7 @@ what training needs of them at every step.
 Check: `pytest tests/test_coco.py`.
 """
 
+import itertools
 import json
 import zipfile
 from collections.abc import Sequence
@@ -87,13 +88,19 @@ class CocoIndex(Index):
         return Index(self.split, self.shards, self.records, self.classes)
 
     def annotations(self) -> dict[str, Any]:
-        """COCO's `images` (in the order of the index), `annotations` and `categories`, as they were imported."""
+        """COCO's `images` (in the order of the index), `annotations` and `categories`, as they were imported.
+
+        But an annotation's id is at least 1: COCO's evaluation takes 0 for "not found" and would give too low a figure.
+        """
         reader = ShardReader(self.record_index)
         images, annotations = [], []
         for row in range(len(self)):
             record = json.loads(reader.read(row))
             annotations += [{**annotation, "image_id": record["id"]} for annotation in record.pop("annotations")]
             images.append(record)
+        free = itertools.count(1 + max((annotation["id"] for annotation in annotations), default=0))
+        for annotation in annotations:
+            annotation["id"] = annotation["id"] if annotation["id"] > 0 else next(free)
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
         return {"images": images, "annotations": annotations, "categories": categories}
 

@@ -57,6 +57,8 @@ def augmented_grid(overrides: Sequence[str], samples: int, epochs: int, out: Pat
 
     resolve_recipe(config)
     data = instantiate(config.data)
+    if not hasattr(data, "preview"):
+        raise UserError("this draws the crops of classification only: give a data set of images with labels")
     data.setup("show")
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.augment.mean, data.augment.std))
     columns = torch.stack(list(data.preview(samples, epochs)), dim=1)  # [samples, epochs + 1, 3, S, S]

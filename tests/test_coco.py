@@ -315,6 +315,15 @@ def test_odd_boxes_are_kept_and_counted(files: Path, capfd: pytest.CaptureFixtur
     assert index.boxes[found[second["id"]][1]].tolist() == [0, 3, 5, min(203, height)]
 
 
+def test_the_evaluation_sees_no_annotation_with_the_id_0(files: Path) -> None:
+    edit(files, annotation(id=0))
+    write_shards(list_coco(files), files / "out", **QUIET)
+    given = json.loads(annotations(files).read_text())["annotations"]
+    found = load_coco(files / "out", ["train"], files)["train"].annotations()["annotations"]
+    assert {a["id"] for a in found} - {a["id"] for a in given} == {1 + max(a["id"] for a in given)}
+    assert min(a["id"] for a in found) > 0 and len({a["id"] for a in found}) == len(given)
+
+
 def test_categories_differ(files: Path) -> None:
     edit(files, category(name="crate"), "val")
     with pytest.raises(UserError, match=r"val2017.json: its categories are not those of train \(category 7 box\)"):

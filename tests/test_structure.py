@@ -23,7 +23,8 @@ PRODUCT = [*LIBRARY, *PROGRAMS]
 CORE = [
     "repghost/model.py", "repghost/reparameterization.py", "repghost/weights.py",
     "repghost/training/**/*.py",
-    "data/datamodule.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py", "data/reader.py",
+    "data/datamodule.py", "data/shard_data.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py",
+    "data/reader.py",
     "data/shards.py", "data/torch_loader.py", "data/dali_loader.py", "data/dali_pipeline.py", "data/encoded.py",
     "data/loader_plan.py", "data/augment.py", "data/rand_augment.py", "data/row_plan.py", "data/pil_ops.py",
     "repghost/evaluation/evaluate.py", "repghost/evaluation/reports.py", "repghost/evaluation/test_sets.py",
