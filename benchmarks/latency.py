@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                                    (three widths, five peers: under ten minutes)
     python benchmarks/latency.py --widths all --peers all --backends eager compiled onnxruntime executorch --seconds 300
+    python benchmarks/latency.py --detectors retinanet ssdlite --widths 1.0 --image-size 640 --batches 1
     python benchmarks/latency.py --import phone.csv                 (adds what was measured elsewhere)
 
 All that has the same batch and threads takes turns in one process, in another order every round. A turn is one call
@@ -40,7 +41,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import described, kernels_of_training, machine
-from benchmarks.latency_calls import FORMS, PACKAGES, Exports, cannot_run, networks, prepare, set_threads, take_turns
+from benchmarks.latency_calls import (
+    FORMS,
+    PACKAGES,
+    Exports,
+    cannot_run,
+    detectors,
+    networks,
+    prepare,
+    set_threads,
+    take_turns,
+)
 from benchmarks.latency_rows import imported, merge, print_ratios, row_of
 from repghost import WIDTHS
 from repghost.errors import UserError, run_command
@@ -59,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--widths", nargs="+", default=["0.5", "1.0", "2.0"], help="of RepGhostNet, or all (default: %(default)s)")
     add("--forms", nargs="+", choices=FORMS, default=FORMS, help="of RepGhostNet (default: all three)")
     add("--peers", nargs="*", default=list(PEERS), help="names in reference/peers.csv, or all (default: %(default)s)")
+    add("--detectors", nargs="+", default=[], help="of conf/detector, eager, at --widths, instead of the classifiers")
     add("--backends", nargs="+", choices=PACKAGES, default=["eager", "onnxruntime"], help="(default: %(default)s)")
     add("--batches", nargs="+", type=int, default=[1, 32], help="images a call (default: %(default)s)")
     add("--threads", nargs="+", type=int, default=sorted({1, available_cpus()}), help="(default: 1 and all cores)")
@@ -101,7 +113,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     all_threads = options.threads if device.type == "cpu" else [1]
     # Every network has the same code, and torch gives up on code that it has compiled eight times.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-    made = list(networks(widths, options.forms, chosen))
+    if options.detectors:
+        made, backends = list(detectors(options.detectors, widths, options.forms)), ["eager"]
+    else:
+        made = list(networks(widths, options.forms, chosen))
     rng, rows = random.Random(options.seed), []
     fastest: dict[Any, str] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -5,15 +5,19 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import timm
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
+from benchmarks.common import ROOT
 from repghost import RepGhostNet, reparameterize, repghostnet
 from repghost.errors import UserError
 from repghost.export.formats import OLDEST_OPSET, Deployable, Deployment, write_executorch, write_onnx
@@ -30,6 +34,7 @@ MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.ch
 LEAST_ROUNDS = 3  # however long they take
 TURN = 0.05  # seconds of counted calls in a turn, at most CALLS of them
 CALLS = 20
+LEAST_SCORE = ("detector.score_threshold=0.05",)
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}  # of onnxruntime
 
@@ -76,6 +81,31 @@ def networks(widths: Sequence[float], forms: Sequence[str], others: Sequence[str
     for name in others:
         module = reparameterize_model(timm.create_model(name).eval())
         yield Network(name, published[name]["family"], None, TIMM, module, published[name]["top1"])
+
+
+class OfBatch(nn.Module):
+    """A detector for images [N, 3, H, W]: all from the resizing to the boxes after the suppression."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Any:
+        return self.detector([*images])
+
+
+def detectors(names: Sequence[str], widths: Sequence[float], forms: Sequence[str]) -> Iterator[Network]:
+    """Detectors of 80 classes with the values of conf/detector, in training form and fused.
+
+    Their least score is above those of random weights: the suppression has nothing to do.
+    """
+    for name, width in product(names, widths):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("train_detection", [f"detector={name}", f"width={width}", *LEAST_SCORE, "data.root=."])
+        trained = instantiate(config.detector, num_classes=80)().eval()
+        for form, module in ((TRAINING, trained), (FUSED, reparameterize(trained))):
+            if form in forms:
+                yield Network(f"{name}_{round(100 * width):03d}", name, width, form, OfBatch(module), top1="")
 
 
 class Exports:

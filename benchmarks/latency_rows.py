@@ -59,10 +59,9 @@ def print_ratios(candidates: Sequence[Candidate], title: str) -> None:
     """The fused networks beside timm's and the training form of the same width, and beside peers as accurate."""
     print(f"\n{title}")
     for fused in (c for c in candidates if c.network.form == FUSED):
-        own, top1 = fused.network, float(fused.network.top1)
-        print(
-            f"  {own.model}, fused, {_how(fused)}: {1000 * median(map(median, fused.rounds)):.2f} ms, Top-1 {top1:.1f}"
-        )
+        own, top1 = fused.network, float(fused.network.top1 or "nan")  # a detector has none
+        accuracy = f", Top-1 {top1:.1f}" if own.top1 else ""
+        print(f"  {own.model}, fused, {_how(fused)}: {1000 * median(map(median, fused.rounds)):.2f} ms{accuracy}")
         for other in candidates:
             network = other.network
             same = network.model == own.model and network.form != FUSED

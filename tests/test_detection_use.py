@@ -9,17 +9,21 @@ import pytest
 import torch
 from faster_coco_eval.core import mask
 from omegaconf import OmegaConf
+from onnxruntime import InferenceSession
 from PIL import Image
-from test_detectors import conf, randomize, small
+from test_detectors import SMALL, conf, images, randomize, small
 
 from repghost import reparameterize
 from repghost.detection.masks import run_lengths
 from repghost.detection.run import load_detector
 from repghost.errors import UserError, run_command
+from repghost.export import __main__ as export
+from repghost.export import detector as export_detector
 from repghost.images import sample_images
 from repghost.predict import __main__ as predict
 from repghost.weights import load_model, save_weights
 
+SLOW = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
 NAMES = ["cat", "traffic light", "Z\u00fcge"]
 
 
@@ -30,8 +34,6 @@ def make_run(folder: Path, name: str, **values: Any) -> Any:
     randomize(model)
     spread(model)
     size = {"image_size": [96] if name == "ssdlite" else [96, 128]}
-    from test_detectors import SMALL
-
     config = {"task": "detection", "width": 0.1, "detector": conf(name) | SMALL | size | values}
     (folder / "checkpoints").mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
@@ -46,7 +48,8 @@ def make_run(folder: Path, name: str, **values: Any) -> Any:
 def spread(model: Any) -> None:
     """Larger weights in the classification, so that no two scores are the same but for rounding."""
     if hasattr(model, "rpn"):
-        layers = [model.rpn.head.cls_logits, model.roi_heads.box_predictor.cls_score]
+        layers = [model.rpn.head.cls_logits]
+        model.roi_heads.box_predictor.cls_score.weight.mul_(3)
     else:
         logits = [m for m in model.head.classification_head.modules() if isinstance(m, torch.nn.Conv2d)]
         layers = [m for m in logits if m.kernel_size == (1, 1)] or logits[-1:]
@@ -153,3 +156,64 @@ def test_run_lengths() -> None:
     for counts, pixels in zip(run_lengths(masks), masks, strict=True):
         assert np.array_equal(mask.decode({"size": [7, 5], "counts": counts}), pixels[0].numpy() >= 0.5)
     assert run_lengths(masks[:0]) == []
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ssdlite", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+def test_onnx_finds_what_torch_finds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_run(tmp_path / "run", name)
+    assert run_command(lambda: export.run([f"run={tmp_path / 'run'}", "format=onnx"])) == 0
+    said = capsys.readouterr().out
+    assert "found by one of both alone; largest difference of scores" in said and "16 images" in said
+    session = InferenceSession(tmp_path / "run" / "fused.onnx")
+    described = json.loads(session.get_modelmeta().custom_metadata_map["repghost"])
+    assert described["classes"] == NAMES and described["form"] == "fused"
+    fused = reparameterize(model)
+    for image in images():
+        with torch.no_grad():
+            (expected,) = fused([image])
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, {"image": image.numpy()}), strict=True))
+        assert len(expected["scores"]) > 3
+        np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-4)
+        assert ("masks" in found) == (name == "mask_rcnn")
+        if "masks" in found:
+            assert found["masks"].shape == expected["masks"].shape
+
+
+def test_an_export_that_differs_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", "ssdlite")
+    write = export_detector._write
+
+    def wrong(module: Any, *arguments: Any) -> None:
+        logits = module.detector.head.classification_head.module_list[0][1]
+        with torch.no_grad():
+            logits.bias[::4] += 0.5
+            write(module, *arguments)
+            logits.bias[::4] -= 0.5
+
+    monkeypatch.setattr(export_detector, "_write", wrong)
+    assert run_command(lambda: export.run([f"run={tmp_path / 'run'}", "format=onnx"])) == 2
+    assert "the export is wrong, nothing was written" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["format=executorch"], "format=executorch: a detector is exported to onnx"),
+        (["format=safetensors"], "model_fused.safetensors"),
+        (["format=onnx", "softmax=true"], "softmax: format=onnx does not read this key"),
+        (["format=onnx", "batch=4"], "batch: format=onnx does not read this key"),
+    ],
+)
+def test_what_no_detector_is_exported_as(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("task: detection\n")
+    assert run_command(lambda: export.run([f"run={tmp_path}", *arguments])) == 2
+    assert said in capsys.readouterr().err

@@ -64,6 +64,16 @@ def test_every_form_and_peer_has_a_row(tmp_path: Path, capsys: pytest.CaptureFix
     assert [r["median_ms"] for r in merged if r["form"] == TRAINING] == ["5", "7"]
 
 
+@pytest.mark.slow
+def test_detectors(tmp_path: Path) -> None:
+    out, threads = tmp_path / "latency.csv", torch.get_num_threads()
+    latency.main([*SMALL, "--image-size", "64", "--detectors", "ssdlite", f"--out={out}"])
+    torch.set_num_threads(threads)
+    found = [(row["model"], row["family"], row["form"], row["backend"], row["top1"]) for row in rows_of(out)]
+    assert found == [("ssdlite_050", "ssdlite", form, "eager", "") for form in (TRAINING, FUSED)]
+    assert figures.measured_latency(figures.read_latency(out)) is None, "the figure is of classifiers"
+
+
 def test_the_forms_are_one_network() -> None:
     made = {n.form: n.module for n in networks([0.5], FORMS, [])}
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

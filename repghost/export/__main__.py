@@ -25,6 +25,10 @@ def run(arguments: Sequence[str]) -> None:
         out = options.out or options.run / "hub"
         export_hub(options.run, options.selection or "last", out)
         print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    elif options.of_detector:
+        from repghost.export.detector import export_detector
+
+        print(f"written: {export_detector(options)}")
     else:
         from repghost.export.write import export
 

@@ -5,6 +5,8 @@
     python -m repghost.export weights=timm width=1.0 format=executorch
     python -m repghost.export run=outputs/NAME format=onnx int8=true calibration=SHARD.tar
 
+A run of a detector (task=detection) is exported to ONNX: one image in, boxes after non-maximum suppression out.
+
 Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub (a folder for the Hugging
 Face hub). Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one
 that differs by too much is an error (see `repghost.export.check`). INT8 also leaves a report beside the file. A file
@@ -24,6 +26,7 @@ OLDEST_OPSET = 18  # the oldest that torch's exporter writes, and the first whos
 _HUB = {"run", "selection", "format", "out"}
 _WEIGHTS = _HUB | {"weights", "width", "image_size", "crop_fraction", "check"}
 _NETWORK = _WEIGHTS | {"batch", "dtype", "softmax", "preprocess"}
+_DETECTOR = _HUB | {"opset", "check"}
 _INT8 = {"int8", "calibration", "calibration_images"}
 
 
@@ -80,7 +83,11 @@ def read_options(arguments: Sequence[str]) -> Options:
         raise UserError(f"{paths[0]}: options are given as KEY=VALUE; --help lists them")
     if not form:
         raise UserError(f"format is missing: format=FORMAT, one of {', '.join(FORMATS)}")
-    read = FORMATS[form].keys
+    if options.of_detector and form != "onnx":
+        raise UserError(
+            f"format={form}: a detector is exported to onnx; its fused weights are in model_fused.safetensors"
+        )
+    read = _DETECTOR if options.of_detector else FORMATS[form].keys
     if unread := [key for key in (argument.partition("=")[0] for argument in arguments) if key not in read]:
         raise UserError(f"{unread[0]}: format={form} does not read this key, only {', '.join(sorted(read))}")
     if form == "hub":

@@ -119,7 +119,8 @@ def open_file(path: str | Path) -> ExportedModel:
         raise UserError(f"{path}: its runtime cannot load it ({first_sentence(error)})") from None
     found = _BEFORE | dict(model.metadata)
     if missing := [key for key in METADATA if key not in found]:
-        raise UserError(f"{path}: not written by repghost.export, it does not say its {missing[0]}")
+        kind = "a detector, or not" if KEY in found else "not"
+        raise UserError(f"{path}: {kind} written by repghost.export, it does not say its {missing[0]}")
     try:
         model.metadata = {key: read(found[key]) for key, read in METADATA.items()}
         described = Description.from_mapping({**model.metadata, "form": "fused"})
