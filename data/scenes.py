@@ -18,9 +18,9 @@ from data.write_shards.coco import list_coco
 from data.write_shards.write import write_shards
 
 SCENES = {"train": 800, "val": 200}
-SIDES, DIGIT_SIDES = (128, 160), (24, 56)  # pixels
+SIDES, DIGIT_SIDES = (128, 160), (32, 64)  # pixels
 MOST_DIGITS, ATTEMPTS = 6, 5  # in a scene, and to place each of them
-DEGREES = 30  # of rotation, either way
+DEGREES = 15  # of rotation, either way
 TRAINING_SHARE = 0.7  # of the width of the photographs, from the left
 QUALITY = 95
 
@@ -65,12 +65,12 @@ def _write_scenes(root: Path) -> None:
 
 
 def _background(rng: np.random.Generator, photograph: np.ndarray, training: bool) -> np.ndarray:
-    """float64 [H, W, 3]: a window of one part of a photograph."""
+    """float64 [H, W, 3]: a window of one part of a photograph, at half its contrast, so that the digits stand out."""
     border = int(TRAINING_SHARE * photograph.shape[1])
     part = photograph[:, :border] if training else photograph[:, border:]
     height, width = rng.integers(SIDES[0], SIDES[1] + 1, 2).tolist()
     top, left = (int(rng.integers(0, side - s + 1)) for side, s in zip(part.shape, (height, width), strict=False))
-    return part[top : top + height, left : left + width].astype(np.float64)
+    return 64 + part[top : top + height, left : left + width] / 2
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, taken: np.ndarray) -> np.ndarray | None:
@@ -86,7 +86,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, ink: np.ndarray, taken: 
     window = slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1])
     if taken[window].any():
         return None
-    color = rng.uniform(0, 80, 3) if canvas[window].mean() > 128 else rng.uniform(175, 255, 3)
+    color = rng.uniform(0, 60, 3) if canvas[window].mean() > 128 else rng.uniform(195, 255, 3)
     canvas[window] += alpha[..., None] * (color - canvas[window])
     mask = np.zeros_like(taken)
     mask[window] = alpha > 0.5

@@ -21,10 +21,11 @@ from pycocotools.cocoeval import COCOeval
 from repghost.detection.detections import Detections, difference
 from repghost.detection.evaluate import figures_of, table
 from repghost.detection.figures import FIGURES, NOTHING, Truth
-from repghost.detection.reports import quality, report_names, shown_rows, write_reports
+from repghost.detection.reports import REPORTS, quality, shown_rows, write_reports
 from repghost.detection.results import main as print_results
 from repghost.detection.results import rows_beside_published
 from repghost.errors import UserError
+from repghost.evaluation.reports import report_names
 from repghost.results import append_result, read_results, require_writable_results, runs_table
 
 CPU = torch.device("cpu")
@@ -169,9 +170,9 @@ def test_quality_of_an_image() -> None:
 
 
 def test_reports_have_names() -> None:
-    assert report_names(None) == [] and report_names("classes") == ["classes"]
+    assert report_names(None, REPORTS) == [] and report_names("classes", REPORTS) == ["classes"]
     with pytest.raises(UserError, match="report=confusion is not one of classes, predictions, pictures"):
-        report_names(["confusion"])
+        report_names(["confusion"], REPORTS)
 
 
 def test_the_best_and_the_worst_are_drawn(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from coco_files import make_coco
+from hydra.utils import instantiate
 from runs import PowerCut, cut_after, processes
 
 import evaluate
@@ -99,6 +101,46 @@ def test_what_does_not_learn_is_not_in_the_optimizer() -> None:
     grouped = {id(parameter) for group in groups for parameter in group["params"]}
     assert grouped == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert id(model.backbone.body.conv_stem.weight) not in grouped
+
+
+def built(*overrides: str) -> str:
+    """What a command makes before it sees data: the detector, its optimizer, its rates."""
+    config = compose_config("train_detection", ["data.root=x", "weights=timm", "width=0.1", *overrides])
+    torch.manual_seed(0)
+    model = instantiate(config.detector)(num_classes=3)
+    module = instantiate(config.module)(model, config.recipe, steps_per_epoch=100, classes=3)
+    groups = module.configure_optimizers().param_groups
+    about = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    settings = {key: value for key, value in vars(model).items() if not key.startswith("_")}
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = [module.learning_rate(step) for step in range(0, 1200, 90)]
+    sizes = [vars(part) for part in model.modules() if "Anchor" in type(part).__name__]
+    found = (model, settings, vars(model.transform), learning, about, rates, module.ema.decay, sizes)
+    return re.sub(" at 0x[0-9a-f]+", "", str(found))
+
+
+VALUES = {
+    "width": "0.2", "epochs": "8", "batch_size": "8", "recipe.learning_rate": "0.1", "recipe.one_stage_factor": "0.7",
+    "recipe.reference_batch_size": "32", "recipe.warmup_steps": "10", "recipe.warmup_factor": "0.5",
+    "recipe.schedule": "cosine", "recipe.milestones": "[1]", "recipe.decay": "0.5", "recipe.momentum": "0.5",
+    "recipe.weight_decay": "1e-3", "recipe.ema_decay": "0.5", "detector": "fcos", "detector.image_size": "[320,640]",
+    "detector.trainable_layers": "1", "detector.norm": "trained", "detector.channels": "64",
+    "detector.anchor_sizes": "[9,20,30,40,50]", "detector.score_threshold": "0.3", "detector.nms_threshold": "0.3",
+    "detector.candidates": "7", "detector.detections": "9",
+}  # fmt: skip
+
+
+def test_every_key_changes_what_is_built() -> None:
+    base = built("recipe.ema_decay=0.999")
+    assert built("recipe.ema_decay=0.999") == base
+    for key, value in VALUES.items():
+        # Of the cosine, the length of the run; of the steps, it changes nothing before its end.
+        more = ["recipe.schedule=cosine"] if key == "epochs" else []
+        before = built("recipe.ema_decay=0.999", *more) if more else base
+        assert built("recipe.ema_decay=0.999", *more, f"{key}={value}") != before, key
+    assert built("recipe.ema_decay=null", "recipe.ema_span=0.5") != built(
+        "recipe.ema_decay=null", "recipe.ema_span=0.1"
+    )
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The recipe against timm's, which the paper was trained with; every knob; the official curves; numerics."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def test_the_curve_is_drawn_with_and_without_the_official_one(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("no_evaluation")
 def test_a_run_shows_where_it_stands(train_tiny: Program, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("repghost.reference.reference_curve", lambda width, *_: reference_curve(1.0, EPOCHS, IMAGENET))
+    official = partial(reference_curve, 1.0, EPOCHS, IMAGENET)
+    monkeypatch.setattr("repghost.training.recipe.reference_curve", lambda *_: official())
     assert train_tiny("name=x", "logger=tensorboard") == 0
     printed = capsys.readouterr().out
     assert printed.count("against the official run raw ") == 2

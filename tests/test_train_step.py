@@ -50,7 +50,7 @@ def test_step_and_validation_are_a_graph_each_and_compiled_once(
 ) -> None:
     # Graphs are those of every backend; this one does without a compiler, which this machine may not have.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("repghost.training.trainer.compiles", lambda wanted, device: wanted)
+    monkeypatch.setattr("repghost.training.recipe.compiles", lambda wanted, device: wanted)
     monkeypatch.setattr("repghost.training.classifier.compiles", lambda wanted, device: wanted)
     torch._dynamo.reset()
     counters.clear()

@@ -18,11 +18,12 @@ from torch import nn
 from repghost.dataset import DataModule, DetectionBatch, DetectionIndex
 from repghost.detection.detections import Detections, difference
 from repghost.detection.figures import NOTHING, Truth
-from repghost.detection.reports import PICTURES, report_names, write_reports
+from repghost.detection.reports import PICTURES, REPORTS, write_reports
 from repghost.detection.run import load_detector
 from repghost.errors import UserError
 from repghost.evaluation.finish import Subject, finish_run, title_of_run
 from repghost.evaluation.outcome import append_row, changes, reports_folder, write_evaluation
+from repghost.evaluation.reports import report_names
 from repghost.model import count_parameters
 from repghost.reparameterization import reparameterize
 from repghost.run import read_config
@@ -87,7 +88,7 @@ def evaluate(
     index: DetectionIndex = data.index("val")  # type: ignore[assignment]
     if subject.classes is not None and tuple(subject.classes) != tuple(index.classes):
         raise UserError(f"{subject.folder}: its detector was trained on other classes than those of {config.data.root}")
-    reports = [*report_names(config.get("report")), *reports]
+    reports = [*report_names(config.get("report"), REPORTS), *reports]
     evaluation = DetectorEvaluation(subject.network, autocast)
     trainer.validate(evaluation, datamodule=data, verbose=False)
     precision = str(trainer.precision) if autocast else _AS_TRAINED

@@ -20,7 +20,6 @@ from torchvision.ops import box_iou
 from repghost.dataset import DataModule
 from repghost.detection.detections import Detections
 from repghost.detection.figures import NOTHING, Truth
-from repghost.errors import UserError
 from repghost.files import atomic_write, rows_as_csv, write_text
 from repghost.text import as_cell
 
@@ -28,14 +27,6 @@ PICTURES = ("pictures",)
 REPORTS = ("classes", "predictions", *PICTURES)
 SHOWN_IMAGES = 6  # of the best, and as many of the worst
 SHOWN_SCORE = 0.5  # least of a detection that is drawn, and counts for how well an image was done
-
-
-def report_names(report: str | Sequence[str] | None) -> list[str]:
-    """The names in the value of `report`, a name or several. Raises UserError for one that is not in REPORTS."""
-    names = [report] if isinstance(report, str) else list(report or ())
-    if unknown := set(names) - set(REPORTS):
-        raise UserError(f"report={min(unknown)} is not one of {', '.join(REPORTS)}")
-    return names
 
 
 def write_reports(

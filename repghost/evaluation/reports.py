@@ -38,11 +38,11 @@ class Predictions(NamedTuple):
     probabilities: np.ndarray  # float32 [N, K]
 
 
-def report_names(report: str | Sequence[str] | None) -> list[str]:
-    """The names in the value of `report`, a name or several. Raises UserError for one that is not in REPORTS."""
+def report_names(report: str | Sequence[str] | None, known: Sequence[str] = REPORTS) -> list[str]:
+    """The names in the value of `report`, a name or several. Raises UserError for one that is not in `known`."""
     names = [report] if isinstance(report, str) else list(report or ())
-    if unknown := set(names) - set(REPORTS):
-        raise UserError(f"report={min(unknown)} is not one of {', '.join(REPORTS)}")
+    if unknown := set(names) - set(known):
+        raise UserError(f"report={min(unknown)} is not one of {', '.join(known)}")
     return names
 
 
