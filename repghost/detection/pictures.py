@@ -15,7 +15,7 @@ from torchvision.transforms.functional import InterpolationMode, resize, to_pil_
 
 from repghost.detection.detections import Detections
 from repghost.detection.figures import Truth
-from repghost.detection.reports import SHOWN_SCORE, boxes_of
+from repghost.detection.quality import SHOWN_SCORE, boxes_of
 from repghost.predict.objects import Objects
 
 _SIDE = 400  # pixels that the shorter side of an image has at least, so that names can be read
