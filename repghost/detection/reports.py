@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torchvision.ops import box_iou
 
 from repghost.dataset import DataModule
@@ -49,7 +47,7 @@ def write_reports(
         shown = shown_rows(detections, truth)
         images = data.stored_images("val", [row for row, _ in shown])
         with atomic_write(folder / "pictures.png") as file:
-            draw_detections(images, shown, detections, truth, classes, file)
+            draw_detections(images, shown, SHOWN_SCORE, detections, truth, classes, file)
 
 
 def _class_rows(detections: Detections, truth: Truth, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -82,7 +80,7 @@ def quality(detections: Detections, truth: Truth, row: int) -> float:
     regions and detections below SHOWN_SCORE are left out.
     """
     objects = [annotation for annotation in truth.objects(row) if not annotation.get("iscrowd")]
-    boxes, labels = boxes_of(objects, truth)
+    boxes, labels = truth.boxes_of(objects)
     found = detections.of_image(row)
     counts = detections.scores[found] >= SHOWN_SCORE
     iou = box_iou(boxes, detections.boxes[found][counts])
@@ -93,11 +91,3 @@ def quality(detections: Detections, truth: Truth, row: int) -> float:
         of_object, of_detection = np.unravel_index(int(iou.argmax()), iou.shape)
         iou[of_object], iou[:, of_detection] = 0, 0
     return 2 * total / max(1, len(objects) + int(counts.sum()))
-
-
-def boxes_of(objects: Sequence[dict[str, Any]], truth: Truth) -> tuple[Tensor, Tensor]:
-    """float32 [n, 4], left, top, right, bottom, and int64 [n], labels, of COCO's annotations."""
-    label_of = {category: label for label, category in enumerate(truth.categories, 1)}
-    boxes = torch.tensor([annotation["bbox"] for annotation in objects]).reshape(-1, 4).float()
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes, torch.tensor([label_of[annotation["category_id"]] for annotation in objects]).long()
