@@ -21,8 +21,7 @@ from pycocotools.cocoeval import COCOeval
 from repghost.detection.detections import Detections, difference
 from repghost.detection.evaluate import figures_of, table
 from repghost.detection.figures import FIGURES, NOTHING, Truth
-from repghost.detection.quality import quality, shown_rows
-from repghost.detection.reports import REPORTS, write_reports
+from repghost.detection.reports import REPORTS, quality, shown_rows, write_reports
 from repghost.detection.results import main as print_results
 from repghost.detection.results import rows_beside_published
 from repghost.errors import UserError

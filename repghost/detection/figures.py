@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
 
 from repghost.detection.detections import Detections
 
@@ -31,6 +33,12 @@ class Truth:
     def objects(self, row: int) -> list[dict[str, Any]]:
         """COCO's annotations of the image in a row of the index."""
         return [*self._coco.imgToAnns[self.images[row]["id"]]]
+
+    def boxes_of(self, objects: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+        """float32 [n, 4], left, top, right, bottom, and int64 [n], labels from 1, of COCO's annotations."""
+        boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes, torch.tensor([1 + self.categories.index(each["category_id"]) for each in objects]).long()
 
     def figures(self, detections: Detections) -> dict[str, float]:
         """FIGURES of the boxes, in [0, 1] or NOTHING, and, under `mask_...`, of the masks where there are any."""

@@ -15,7 +15,6 @@ from torchvision.transforms.functional import InterpolationMode, resize, to_pil_
 
 from repghost.detection.detections import Detections
 from repghost.detection.figures import Truth
-from repghost.detection.quality import SHOWN_SCORE, boxes_of
 from repghost.predict.objects import Objects
 
 _SIDE = 400  # pixels that the shorter side of an image has at least, so that names can be read
@@ -25,6 +24,7 @@ _PAIRS = 2  # images in a row of the figure
 def draw_detections(
     images: Sequence[Tensor],
     shown: Sequence[tuple[int, float]],
+    score: float,
     detections: Detections,
     truth: Truth,
     classes: Sequence[str],
@@ -32,7 +32,8 @@ def draw_detections(
 ) -> None:
     """Draws pairs of pictures as PNG into `file`: an image with its objects, and with what was found in it.
 
-    images: uint8 [3, H, W] each. shown: their rows in the index, and how well each was done, in [0, 1].
+    images: uint8 [3, H, W] each. shown: their rows in the index, and how well each was done, in [0, 1]. score: the
+    least of a detection that is drawn.
     """
     rows = max(1, -(-len(images) // _PAIRS))
     figure = Figure(figsize=(8 * _PAIRS, 4 * rows), layout="constrained")
@@ -41,7 +42,9 @@ def draw_detections(
     pictures: list[tuple[Image.Image, str]] = []
     for image, (row, quality) in zip(images, shown, strict=True):
         pictures.append((_objects(image, row, truth, classes), f"image {truth.images[row]['id']}: its objects"))
-        pictures.append((_found(image, row, detections, truth, classes), f"found: panoptic quality {quality:.0%}"))
+        pictures.append(
+            (_found(image, row, score, detections, truth, classes), f"found: panoptic quality {quality:.0%}")
+        )
     for axis, (picture, title) in zip(figure.axes, pictures, strict=False):
         axis.imshow(picture)
         axis.set_title(title, fontsize="small", parse_math=False)
@@ -50,17 +53,19 @@ def draw_detections(
 
 def _objects(image: Tensor, row: int, truth: Truth, classes: Sequence[str]) -> Image.Image:
     annotations = [each for each in truth.objects(row) if not each.get("iscrowd")]
-    boxes, labels = boxes_of(annotations, truth)
+    boxes, labels = truth.boxes_of(annotations)
     height, width = image.shape[1:]
     rles = [mask.segmToRle(each["segmentation"], width, height) for each in annotations if each.get("segmentation")]
     return _drawn(image, boxes, labels, torch.ones(len(labels)), rles, classes)
 
 
-def _found(image: Tensor, row: int, detections: Detections, truth: Truth, classes: Sequence[str]) -> Image.Image:
+def _found(
+    image: Tensor, row: int, score: float, detections: Detections, truth: Truth, classes: Sequence[str]
+) -> Image.Image:
     found = detections.of_image(row)
-    counts = detections.scores[found] >= SHOWN_SCORE
+    counts = detections.scores[found] >= score
     results = [*detections.results(truth.images, truth.categories, found)]
-    rles = [result["segmentation"] for result in results if "segmentation" in result and result["score"] >= SHOWN_SCORE]
+    rles = [result["segmentation"] for result in results if "segmentation" in result and result["score"] >= score]
     boxes, labels, scores = (getattr(detections, name)[found][counts] for name in ("boxes", "labels", "scores"))
     return _drawn(image, boxes, labels, scores, rles, classes)
 
