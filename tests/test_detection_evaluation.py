@@ -80,7 +80,7 @@ def test_nothing_found_and_nothing_to_find() -> None:
     found = joined(detections(outputs(content, per_image=2, masks=False)))
     assert set(Truth(content, CATEGORIES).figures(found, masks=False).values()) == {NOTHING}
     with pytest.raises(UserError, match="the validation images have no objects"):
-        figures_of(found, found, Truth(content, CATEGORIES), masks=True)
+        figures_of(found, found, Truth(content, CATEGORIES), masks=False)
 
 
 def test_the_order_of_the_batches_does_not_count() -> None:
