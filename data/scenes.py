@@ -1,6 +1,6 @@
 """The embedded data set of detection: scikit-learn's digits on its photographs, in COCO's format, without a download.
 
-800 training and 200 validation scenes with sides of 128 to 160 pixels. Each has one to six digits, enlarged, rotated
+800 training and 200 validation scenes with sides of 96 to 128 pixels. Each has one to four digits, enlarged, rotated
 and coloured, that do not touch; their boxes and masks are those of the ink. The digits and the parts of the photographs
 that validation shows are never in training. The files go through the importer of COCO, like any other data set.
 Check: `pytest tests/test_coco.py -k scenes`.
@@ -18,8 +18,8 @@ from data.write_shards.coco import list_coco
 from data.write_shards.write import write_shards
 
 SCENES = {"train": 800, "val": 200}
-SIDES, DIGIT_SIDES = (128, 160), (32, 64)  # pixels
-MOST_DIGITS, ATTEMPTS = 6, 5  # in a scene, and to place each of them
+SIDES, DIGIT_SIDES = (96, 128), (32, 64)  # pixels
+MOST_DIGITS, ATTEMPTS = 4, 5  # in a scene, and to place each of them
 DEGREES = 15  # of rotation, either way
 TRAINING_SHARE = 0.7  # of the width of the photographs, from the left
 QUALITY = 95

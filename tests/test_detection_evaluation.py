@@ -60,7 +60,7 @@ def test_the_figures_are_those_of_pycocotools(masks: bool, seed: int) -> None:
     found = joined(detections(outputs(content, per_image=6, masks=masks, seed=seed)))
     truth = Truth(copy.deepcopy(content), CATEGORIES)
     results = [*found.results(content["images"], CATEGORIES)]
-    figures = truth.figures(found)
+    figures = truth.figures(found, masks)
     assert len(figures) == len(FIGURES) * (1 + masks)
     for prefix, kind in (("", "bbox"), ("mask_", "segm"))[: 1 + masks]:
         expected, precision = of_pycocotools(content, results, kind)
@@ -69,18 +69,18 @@ def test_the_figures_are_those_of_pycocotools(masks: bool, seed: int) -> None:
         for k, value in enumerate(by_class):
             of = precision[:, :, k, 0, -1]
             assert value == pytest.approx(of[of > -1].mean() if (of > -1).any() else NOTHING, abs=1e-12)
-    assert truth.figures(found) == figures, "nothing is left behind by an evaluation"
+    assert truth.figures(found, masks) == figures, "nothing is left behind by an evaluation"
 
 
 def test_nothing_found_and_nothing_to_find() -> None:
     content = annotations(6)
     nothing = joined(detections(outputs(content, per_image=0, masks=False)[:0]))
-    assert Truth(content, CATEGORIES).figures(nothing)["map"] == 0
+    assert Truth(content, CATEGORIES).figures(nothing, masks=True)["mask_map"] == 0
     content["annotations"] = []
     found = joined(detections(outputs(content, per_image=2, masks=False)))
-    assert set(Truth(content, CATEGORIES).figures(found).values()) == {NOTHING}
+    assert set(Truth(content, CATEGORIES).figures(found, masks=False).values()) == {NOTHING}
     with pytest.raises(UserError, match="the validation images have no objects"):
-        figures_of(found, found, Truth(content, CATEGORIES))
+        figures_of(found, found, Truth(content, CATEGORIES), masks=False)
 
 
 def test_the_order_of_the_batches_does_not_count() -> None:
@@ -109,7 +109,7 @@ def test_json_of_the_results_gives_the_same_figures(tmp_path: Path) -> None:
     write_reports(["predictions", "classes"], found, truth, ["a", "b", "=c", "d"], None, tmp_path)  # type: ignore[arg-type]
     results = json.loads((tmp_path / "predictions.json").read_text())
     for prefix, kind in (("", "bbox"), ("mask_", "segm")):
-        expected = [truth.figures(found)[f"{prefix}{name}"] for name in FIGURES]
+        expected = [truth.figures(found, masks=True)[f"{prefix}{name}"] for name in FIGURES]
         assert of_pycocotools(content, results, kind)[0] == pytest.approx(expected, abs=1e-12, rel=0)
     with open(tmp_path / "classes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,7 +139,7 @@ def test_what_two_forms_differ_in() -> None:
 def test_the_table_shows_both_forms() -> None:
     content = annotations(20)
     found = joined(detections(outputs(content, per_image=4, masks=True)))
-    shown = table(figures_of(found, found, Truth(content, CATEGORIES)), "A run")
+    shown = table(figures_of(found, found, Truth(content, CATEGORIES), masks=True), "A run")
     lines = shown.splitlines()
     assert lines[1] == "A run, 20 images" and len(lines) == 7
     assert [line.split(",")[0].strip() for line in lines[2:6]] == ["boxes", "boxes", "masks", "masks"]
@@ -201,7 +201,7 @@ def rank_of(rank: int, ranks: int, folder: str) -> None:
     assert (found is None) == (rank > 0)
     if found is not None:
         found.require_all(61)
-        Path(folder, "figures").write_text(json.dumps(Truth(content, CATEGORIES).figures(found)))
+        Path(folder, "figures").write_text(json.dumps(Truth(content, CATEGORIES).figures(found, masks=True)))
     dist.destroy_process_group()
 
 
@@ -210,7 +210,9 @@ def rank_of(rank: int, ranks: int, folder: str) -> None:
 def test_the_figures_do_not_depend_on_the_ranks(ranks: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(rank_of, (ranks, str(tmp_path)), nprocs=ranks)
     content = annotations(61)
-    alone = Truth(content, CATEGORIES).figures(joined(detections(outputs(content, per_image=5, masks=True))))
+    alone = Truth(content, CATEGORIES).figures(
+        joined(detections(outputs(content, per_image=5, masks=True))), masks=True
+    )
     assert json.loads((tmp_path / "figures").read_text()) == alone
 
 

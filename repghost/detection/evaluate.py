@@ -18,6 +18,7 @@ from torch import nn
 from repghost.dataset import DataModule, DetectionBatch, DetectionIndex
 from repghost.detection.detections import Detections, difference
 from repghost.detection.figures import NOTHING, Truth
+from repghost.detection.module import WITH_MASKS
 from repghost.detection.reports import PICTURES, REPORTS, write_reports
 from repghost.detection.run import load_detector
 from repghost.errors import UserError
@@ -105,19 +106,19 @@ def evaluate(
     found: dict[str, Any] = {}
     if evaluation.found is not None:
         truth = Truth(index.annotations(), index.category_ids)
-        found = figures_of(*evaluation.found, truth) | about
+        found = figures_of(*evaluation.found, truth, about["detector"] == WITH_MASKS) | about
         if reports:
             folder = subject.folder / reports_folder(found, None)
             write_reports(reports, evaluation.found[0], truth, index.classes, data, folder)
     return dict(trainer.strategy.broadcast(found))
 
 
-def figures_of(trained: Detections, fused: Detections, truth: Truth) -> dict[str, Any]:
+def figures_of(trained: Detections, fused: Detections, truth: Truth, masks: bool) -> dict[str, Any]:
     """The figures of both forms. Raises UserError unless both looked at every image exactly once."""
     for detections in (trained, fused):
         detections.require_all(len(truth.images))
     of_forms = [
-        {name: None if value == NOTHING else value for name, value in truth.figures(detections).items()}
+        {name: None if value == NOTHING else value for name, value in truth.figures(detections, masks).items()}
         for detections in (trained, fused)
     ]
     if of_forms[0]["map"] is None:

@@ -40,10 +40,10 @@ class Truth:
         boxes[:, 2:] += boxes[:, :2]
         return boxes, torch.tensor([1 + self.categories.index(each["category_id"]) for each in objects]).long()
 
-    def figures(self, detections: Detections) -> dict[str, float]:
-        """FIGURES of the boxes, in [0, 1] or NOTHING, and, under `mask_...`, of the masks where there are any."""
+    def figures(self, detections: Detections, masks: bool) -> dict[str, float]:
+        """FIGURES of the boxes, in [0, 1] or NOTHING, and, under `mask_...`, of the `masks` if those are wanted."""
         found = dict(zip(FIGURES, self._evaluated(detections, "bbox").stats[: len(FIGURES)].tolist(), strict=True))
-        if len(detections.masks):
+        if masks:
             stats = self._evaluated(detections, "segm").stats[: len(FIGURES)].tolist()
             found |= {f"mask_{name}": value for name, value in zip(FIGURES, stats, strict=True)}
         return found

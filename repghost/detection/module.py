@@ -24,6 +24,7 @@ from repghost.training.module import TrainingModule
 from repghost.training.schedule import linear_scale, step_learning_rate
 from repghost.weights import start_from
 
+WITH_MASKS = "mask_rcnn"
 ONE_STAGE = ("retinanet", "fcos", "ssdlite")
 # The columns of metrics.csv, of those figures that the detector has.
 _VALIDATED = ("map", "map50", "mask_map", "mask_map50")
@@ -98,7 +99,7 @@ class DetectorTraining(TrainingModule):
             if detections is not None:
                 detections.require_all(len(index))
                 self._truth = self._truth or Truth(index.annotations(), index.category_ids)
-                found = self._truth.figures(detections)
+                found = self._truth.figures(detections, self._run["detector"] == WITH_MASKS)
                 figures |= {f"{name}_{key}": found[key] for key in _VALIDATED if key in found}
         self._found = []
         self.end_epoch(trainer.strategy.broadcast(figures))
