@@ -82,7 +82,7 @@ def evaluate(model: Any, config: DictConfig) -> tuple[float, list[float]]:
     index = data.index("val")
     joined = Detections.joined(found, device)
     assert joined is not None
-    stats = Truth(index.annotations(), index.category_ids).figures(joined)
+    stats = Truth(index.annotations(), index.category_ids).figures(joined, masks=False)
     return time.perf_counter() - start, [stats[name] for name in FIGURES]
 
 
@@ -209,7 +209,7 @@ def figures_alone(truth: dict[str, Any], found: Detections) -> Iterator[tuple[fl
 
     categories = [category["id"] for category in truth["categories"]]
     start = time.perf_counter()
-    ours = Truth(truth, categories).figures(found)
+    ours = Truth(truth, categories).figures(found, masks=False)
     yield time.perf_counter() - start, [ours[name] for name in FIGURES]
     start = time.perf_counter()
     with redirect_stdout(StringIO()):
