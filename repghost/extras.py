@@ -10,7 +10,7 @@ EXTRAS = {
     "": ("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "numpy",
          "matplotlib", "safetensors", "huggingface_hub", "filelock", "PIL", "tqdm", "omegaconf", "yaml"),
     "train": ("hydra", "webdataset", "wandb", "tensorboard", "sklearn", "scipy", "pyarrow", "braceexpand", "fsspec",
-              "aiohttp", "nvidia", "pydantic", "pydantic_core"),
+              "aiohttp", "nvidia", "pydantic", "pydantic_core", "faster_coco_eval", "isal"),
     "remote": ("s3fs", "gcsfs"),
     "sweep": ("hydra_plugins", "optuna", "submitit"),
     "deploy": ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools"),

@@ -14,6 +14,13 @@ from repghost.run import resolve_recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in CONF.iterdir() if group.is_dir()}
+OF_DETECTION = {
+    "recipe": ["coco_1x", "quick_detection", "ssdlite_320"],
+    "data": ["coco", "digits_scenes"],
+    "detector": CHOICES.pop("detector"),
+}
+for group, names in OF_DETECTION.items():
+    CHOICES[group] = [name for name in CHOICES.get(group, ()) if name not in names]
 
 
 def composed(*overrides: str) -> Any:
@@ -58,6 +65,19 @@ def test_every_file_composes_and_builds(choice: str, tmp_path: Path) -> None:
         assert config.trainer.accelerator == "gpu"  # building it needs one
     else:
         build(config, tmp_path)
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in OF_DETECTION.items() for name in names])
+def test_every_file_of_detection_composes_and_builds(choice: str, tmp_path: Path) -> None:
+    root = [f"data.cache={tmp_path}"] if choice == "data=digits_scenes" else ["data.root=x"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train_detection", ["name=x", "width=0.1", "trainer=cpu", choice, *root])
+    OmegaConf.resolve(config)
+    assert config.task == "detection"
+    instantiate(config.data.augment)
+    model = instantiate(config.detector)(num_classes=7)
+    module = instantiate(config.module)(model, config.recipe, steps_per_epoch=3, classes=7)
+    assert module.configure_optimizers().param_groups[0]["lr"] > 0
 
 
 def test_the_paper_recipe_is_the_paper_s() -> None:

@@ -283,7 +283,7 @@ def test_validation_shows_every_image_once(ranks: int, root: Path) -> None:
 def test_evaluation_needs_no_training_images(root: Path, tmp_path: Path) -> None:
     for path in [*root.glob("val*"), root / "manifest.json"]:
         shutil.copy(path, tmp_path)
-    data = DetectionData(root=tmp_path, cache=tmp_path, workers=0, prefetch=2, eval_batch_size=2, masks=False)
+    data = DetectionData(root=tmp_path, cache=tmp_path, workers=0, prefetch=2, eval_batch_size=2)
     data.setup("validate")
     assert sum(int((batch.positions >= 0).sum()) for batch in in_trainer(data).val_dataloader()) == 7
 

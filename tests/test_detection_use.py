@@ -115,7 +115,7 @@ def test_a_run_gives_its_detector(tmp_path: Path) -> None:
     assert list(classes) == NAMES and epoch == 4 and not found.training and type(found) is type(model)
     assert all(torch.equal(tensor, found.state_dict()[key]) for key, tensor in model.state_dict().items())
     config = OmegaConf.load(tmp_path / "run" / "config.yaml")
-    config.detector.channels = 64
+    config.detector.channels *= 2
     OmegaConf.save(config, tmp_path / "run" / "config.yaml")
     with pytest.raises(UserError, match=r"not of the detector in config.yaml"):
         load_detector(tmp_path / "run", "last")

@@ -107,8 +107,7 @@ def test_pixels_are_those_of_the_validation_loader(photo: str) -> None:
     stored["height"], stored["width"] = pixels.shape[:2]
     index = SimpleNamespace(samples=stored)
     crops = CenterCrops(index, RankSampler(1, batch_size=1, drop_last=False), 96, crop_fraction=0.875)  # type: ignore[arg-type]
-    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-    expected = resize(tensor, crops(0, 0), 0)
+    expected = resize(torch.from_numpy(pixels.copy()), crops(0, 0), 0).permute(2, 0, 1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     found = Preprocessing(96).transform()(Image.fromarray(pixels)) * std + mean
     assert (found * 255 - expected).abs().max() < 1e-3
