@@ -88,6 +88,7 @@ VALUES = {
 }
 # Refused in one line that names the value.
 REFUSED = {
+    "task": "segmentation",
     "data.root": "nowhere",
     "data.train": "nowhere-*.tar",
     "data.val": "nowhere-*.tar",

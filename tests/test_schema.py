@@ -266,7 +266,7 @@ def test_an_evaluation_is_of_a_run_or_of_weights() -> None:
     assert refused("evaluate", "run=x").startswith("give either run=outputs/NAME or weights=timm")
     assert refused("evaluate", "weights=null").startswith("give either")
     assert refused("evaluate", "epochs=3").startswith("epochs=3: another task or command has this key")
-    assert refused("evaluate", "data=digits", "recipe.augment.flip=1").startswith("recipe.augment.flip=1: no such key")
+    assert refused("evaluate", "data=digits", "recipe.augment.flip=1").startswith("recipe.augment.flip=1: another task")
     assert composed("evaluate", "data=digits", "report=[classes,predictions]").image_size == 32
 
 

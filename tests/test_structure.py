@@ -24,14 +24,21 @@ CORE = [
     "repghost/model.py", "repghost/reparameterization.py", "repghost/weights.py",
     "repghost/training/**/*.py",
     "data/datamodule.py", "data/shard_data.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py",
-    "data/reader.py",
+    "data/reader.py", "data/regions.py",
     "data/shards.py", "data/torch_loader.py", "data/dali_loader.py", "data/dali_pipeline.py", "data/encoded.py",
     "data/loader_plan.py", "data/augment.py", "data/rand_augment.py", "data/row_plan.py", "data/pil_ops.py",
-    "repghost/evaluation/evaluate.py", "repghost/evaluation/reports.py", "repghost/evaluation/test_sets.py",
+    "repghost/evaluation/evaluate.py", "repghost/evaluation/finish.py", "repghost/evaluation/reports.py", "repghost/evaluation/test_sets.py",
     "repghost/run.py", "repghost/run_name.py",
     "repghost/metrics.py", "repghost/dataset.py", "repghost/launch.py", "repghost/sweep.py", "repghost/command_line.py",
     "repghost/schema/*.py", "repghost/ranks.py", "repghost/processes.py", "repghost/rank_failures.py",
     "repghost/errors.py", "repghost/files.py", "train.py", "evaluate.py",
+]  # fmt: skip
+
+# What there is for detectors alone.
+DETECTION = [
+    "repghost/detection/*.py", "repghost/schema/detection.py", "repghost/export/detector.py",
+    "repghost/predict/objects.py", "data/detection.py", "data/coco.py", "data/box_augment.py", "data/scenes.py",
+    "data/write_shards/coco.py",
 ]  # fmt: skip
 
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -91,8 +98,9 @@ def test_the_product_stays_small() -> None:
     assert not [pattern for pattern in CORE if not any(ROOT.glob(pattern))], "in CORE, but not there"
     assert core <= set(PRODUCT)
     lines = {path: code_lines(path) for path in PRODUCT}
-    assert sum(lines.values()) <= 8908
-    assert sum(lines[path] for path in core) <= 5437
+    assert sum(lines.values()) <= 11417
+    assert sum(lines[path] for path in core) <= 6105
+    assert sum(lines[path] for pattern in DETECTION for path in ROOT.glob(pattern)) <= 1601
 
 
 def test_no_file_is_longer_than_300_lines() -> None:
