@@ -299,10 +299,10 @@ def measured(options: argparse.Namespace, device: torch.device, folder: Path) ->
 
 def scenes(folder: Path) -> Path:
     """The embedded scenes as files in COCO's format."""
-    from data.scenes import _write_scenes
+    from data.scenes import write_scenes
 
     folder.mkdir()
-    _write_scenes(folder)
+    write_scenes(folder)
     return folder
 
 

@@ -29,14 +29,14 @@ def prepare_scenes(cache: Path) -> Path:
     """The folder of shards `cache`/digits_scenes, written on first use while other processes wait."""
 
     def write(source: Path, shards: Path) -> None:
-        _write_scenes(source)
+        write_scenes(source)
         write_shards(list_coco(source), shards, images_per_shard=256, workers=1, quiet=True)
 
     return prepare(cache, "digits_scenes", write)
 
 
-def _write_scenes(root: Path) -> None:
-    """`root`/annotations/instances_{train,val}.json, `root`/{train,val}/NUMBER.jpg"""
+def write_scenes(root: Path) -> None:
+    """Writes `root`/annotations/instances_{train,val}.json and `root`/{train,val}/NUMBER.jpg into a new folder."""
     from sklearn.datasets import load_digits, load_sample_images  # slow to import, and used once
 
     digits, photographs = load_digits(), load_sample_images().images
