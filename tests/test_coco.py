@@ -423,7 +423,7 @@ def test_scenes_are_the_same_every_time_and_their_boxes_hold_their_masks(
         assert first[split].classes == tuple("0123456789") and len(first[split]) == 6
         found = first[split].annotations()
         sizes = {i["id"]: (i["height"], i["width"]) for i in found["images"]}
-        assert all(128 <= side <= 160 for size in sizes.values() for side in size)
+        assert all(96 <= side <= 128 for size in sizes.values() for side in size)
         for a in found["annotations"]:
             mask = decoded(a, *sizes[a["image_id"]])
             rows, columns = np.nonzero(mask)
