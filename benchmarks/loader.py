@@ -16,6 +16,7 @@ core second count CPU time of all processes instead of time, so that they hold o
 """
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -69,21 +70,25 @@ def measure(pipeline: Pipeline, setting: Setting, workers: int, seconds: float) 
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(cores)[:workers])
     try:
-        batches = iter(pipeline(setting, workers))
-        for _ in islice(batches, (PREFETCH + 1) * workers):
-            pass
-        wait_for(setting.device)
-        images, start, used = 0, time.perf_counter(), _cpu_seconds()
-        while images == 0 or time.perf_counter() - start < seconds:
-            # As many batches as there are workers: they tend to arrive together.
-            arrived = sum(1 for _ in islice(batches, workers))
-            wait_for(setting.device)
-            images += arrived * setting.batch_size
-            if arrived < workers:
-                break
-        return Rate(images / (time.perf_counter() - start), images / (_cpu_seconds() - used))
+        return _rate(iter(pipeline(setting, workers)), setting, workers, seconds)
     finally:
         os.sched_setaffinity(0, cores)
+        gc.collect()  # a pipeline of DALI that is garbage when workers are forked hangs the one that collects it
+
+
+def _rate(batches: Iterator[Any], setting: Setting, workers: int, seconds: float) -> Rate:
+    for _ in islice(batches, (PREFETCH + 1) * workers):
+        pass
+    wait_for(setting.device)
+    images, start, used = 0, time.perf_counter(), _cpu_seconds()
+    while images == 0 or time.perf_counter() - start < seconds:
+        # As many batches as there are workers: they tend to arrive together.
+        arrived = sum(1 for _ in islice(batches, workers))
+        wait_for(setting.device)
+        images += arrived * setting.batch_size
+        if arrived < workers:
+            break
+    return Rate(images / (time.perf_counter() - start), images / (_cpu_seconds() - used))
 
 
 def _cpu_seconds() -> float:
