@@ -52,6 +52,7 @@ def without_jpegtran(monkeypatch):
 
     monkeypatch.setattr(shard, "rewrite", rewrite)
     monkeypatch.setattr(write, "transcoder", lambda: "stand-in 1")
+    monkeypatch.setattr("data.write_shards.__main__.transcoder", lambda: "stand-in 1")
 
 
 def with_restarts(image: Image.Image, **options) -> bytes:
