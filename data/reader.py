@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 
 from data.crops import BatchCrops
 from data.index import Index
-from data.regions import Changed, Cut
+from data.regions import Changed, Cut, frame_header
 from data.tars import why_unreadable
 from repghost.errors import UserError, printable
 from repghost.images import FORMATS, to_rgb
@@ -254,11 +254,6 @@ def decode(content: bytes | bytearray) -> Tensor:
 
 
 def jpeg_components(content: bytes | bytearray) -> int:
-    """Colour components of a JPEG, from its frame header (ITU T.81, B.2.2); 0 when there is none."""
-    at = 2
-    while at + 9 < len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return content[at + 9]
-        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return 0
+    """Colour components of a JPEG; 0 when it has no frame header."""
+    at = frame_header(content)
+    return content[at + 9] if at else 0

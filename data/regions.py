@@ -42,19 +42,6 @@ class Changed(ValueError):
     """Bytes that are not those that were described."""
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """What the header of a JPEG says: see REGION."""
-
-    header: int
-    frame: int
-    height: int
-    width: int
-    interval: int
-    mcu_height: int
-    mcu_width: int
-
-
 def describe(content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     """The row (REGION, [], with start 0) and the numbers (uint16 [M]) of a JPEG; None for a file that cannot be cut.
 
@@ -64,11 +51,13 @@ def describe(content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     found = _geometry(content)
     if found is None:
         return None
-    scan = np.frombuffer(content, np.uint8)[found.header :]
+    row, height, width = found
+    _, header, _, _, interval, mcu_height, mcu_width = row.item()
+    scan = np.frombuffer(content, np.uint8)[header:]
     # In a scan 0xFF is followed by 0 unless it begins a marker.
     markers = np.flatnonzero((scan[:-1] == 0xFF) & (scan[1:] != 0))
-    rows, columns = -(-found.height // found.mcu_height), -(-found.width // found.mcu_width)
-    count = rows * columns // found.interval if columns % found.interval == 0 else 0
+    rows, columns = -(-height // mcu_height), -(-width // mcu_width)
+    count = rows * columns // interval if columns % interval == 0 else 0
     if len(markers) != count or markers[-1] + 2 != len(scan) or scan[markers[-1] + 1] != _EOI:
         return None
     if (scan[markers[:-1] + 1] != 0xD0 + np.arange(count - 1) % 8).any():
@@ -76,17 +65,24 @@ def describe(content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
     lengths = np.diff(markers, prepend=-2) - 2
     if lengths.max() > 0xFFFF or lengths.min() < 0:
         return None
-    ends = [found.header, *(found.header + 2 + markers[columns // found.interval - 1 :: columns // found.interval])]
+    ends = [header, *(header + 2 + markers[columns // interval - 1 :: columns // interval])]
     checksums = [crc32(content[start:end]) for start, end in pairwise(ends)]
-    row = np.zeros((), REGION)
-    row["crc32"] = crc32(content[: found.header])
-    for name in ("header", "frame", "interval", "mcu_height", "mcu_width"):
-        row[name] = getattr(found, name)
     return row, np.concatenate([np.array(checksums, "<u4").view("<u2"), lengths.astype("<u2")])
 
 
-def _geometry(content: bytes) -> _Geometry | None:
-    """What the header says; None for anything but a JPEG that could be cut."""
+def frame_header(content: bytes | bytearray) -> int:
+    """Where the marker of the frame header of a JPEG is (ITU T.81, B.2.2); 0 when there is none."""
+    at = 2
+    while at + 9 < len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in _FRAMES:
+            return at
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], "big")  # 0xFF: a fill byte
+    return 0
+
+
+def _geometry(content: bytes) -> tuple[np.ndarray, int, int] | None:
+    """The row, height and width that the header tells; None for anything but a JPEG that could be cut."""
     at, frame, components, interval = 2, 0, 0, 0
     if content[:2] != bytes((0xFF, _SOI)):
         return None
@@ -117,15 +113,19 @@ def _geometry(content: bytes) -> _Geometry | None:
     return None
 
 
-def _measured(content: bytes, header: int, frame: int, components: int, interval: int) -> _Geometry | None:
+def _measured(
+    content: bytes, header: int, frame: int, components: int, interval: int
+) -> tuple[np.ndarray, int, int] | None:
+    """What `_geometry` returns, once it knows where everything is."""
     height, width = struct.unpack_from(">HH", content, frame)
     factors = [content[frame + 6 + 3 * i] for i in range(components)]
     across, down = max(factor >> 4 for factor in factors), max(factor & 15 for factor in factors)
     if components == 1:  # then a block is an MCU, whatever the factors are (A.2.2)
         across = down = 1
-    if not (height and width and 1 <= across <= 4 and 1 <= down <= 4):
+    if not (height and width and 1 <= across <= 4 and 1 <= down <= 4 and interval <= 0xFFFF):
         return None
-    return _Geometry(header, frame, height, width, interval, 8 * down, 8 * across)
+    row = np.array((0, header, frame, crc32(content[:header]), interval, 8 * down, 8 * across), REGION)
+    return row, height, width
 
 
 @dataclass(frozen=True)

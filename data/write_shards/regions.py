@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from data.regions import REGION, describe
+from data.regions import REGION, describe, frame_header
 from repghost.errors import UserError
 from repghost.files import atomic_write, file_sha256
 from repghost.images import open_image
 
 _TOOL = "jpegtran"
 _SECONDS = 300  # for one image; the largest that are taken need two
-# Markers of frames (ITU T.81, table B.1), and those between them that are none.
-_REWRITTEN, _LOSSLESS, _ARITHMETIC, _NO_FRAMES = (0xC0, 0xC1, 0xC2), 0xC3, 0xC9, (0xC4, 0xC8, 0xCC)
+_REWRITTEN, _LOSSLESS, _ARITHMETIC = (0xC0, 0xC1, 0xC2), 0xC3, 0xC9  # markers of frames (ITU T.81, table B.1)
 
 _OTHER = "JPEG of another kind"
 _NAMES = {"WEBP": "WebP"}  # of formats, where PIL's are others
@@ -113,25 +112,18 @@ def restart_interval(columns: int) -> int:
 
 def _mcu_columns(content: bytes) -> int | str:
     """MCUs in a row of a JPEG, from its frame header (ITU T.81, B.2.2), or why it is not rewritten."""
-    at = 2
-    while at + 10 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
-            components = content[at + 9]
-            factors = [factor >> 4 for factor in content[at + 11 : at + 10 + 3 * components : 3]]
-            columns = -(-int.from_bytes(content[at + 7 : at + 9], "big") // 8)
-            if marker not in _REWRITTEN:
-                known = {_LOSSLESS: "lossless JPEG"}.get(marker, _OTHER)
-                return "arithmetic coding" if marker >= _ARITHMETIC else known
-            if components == 4:
-                return "CMYK"
-            # A single component has no larger MCUs, whatever its factors are (A.2.2).
-            return -(-columns // max(factors)) if components > 1 and all(factors) else columns
-        else:
-            at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-    return "damaged"
+    if not (at := frame_header(content)):
+        return "damaged"
+    marker, components = content[at + 1], content[at + 9]
+    if marker not in _REWRITTEN:
+        known = {_LOSSLESS: "lossless JPEG"}.get(marker, _OTHER)
+        return "arithmetic coding" if marker >= _ARITHMETIC else known
+    if components == 4:
+        return "CMYK"
+    factors = [factor >> 4 for factor in content[at + 11 : at + 10 + 3 * components : 3]]
+    columns = -(-int.from_bytes(content[at + 7 : at + 9], "big") // 8)
+    # A single component has no larger MCUs, whatever its factors are (A.2.2).
+    return -(-columns // max(factors)) if components > 1 and all(factors) else columns
 
 
 @dataclass
