@@ -22,8 +22,8 @@ from repghost.detection.module import WITH_MASKS
 from repghost.detection.reports import PICTURES, REPORTS, write_reports
 from repghost.detection.run import load_detector
 from repghost.errors import UserError
-from repghost.evaluation.finish import Subject, finish_run, title_of_run
-from repghost.evaluation.outcome import append_row, changes, reports_folder, write_evaluation
+from repghost.evaluation.finish import Subject, finish_run, record_evaluation, title_of_run
+from repghost.evaluation.outcome import changes, reports_folder
 from repghost.evaluation.reports import report_names
 from repghost.model import count_parameters
 from repghost.reparameterization import reparameterize
@@ -93,9 +93,10 @@ def evaluate(
     evaluation = DetectorEvaluation(subject.network, autocast)
     trainer.validate(evaluation, datamodule=data, verbose=False)
     precision = str(trainer.precision) if autocast else _AS_TRAINED
+    trained = read_config(subject.run)
     about = {
-        "detector": read_config(subject.run).detector.name,
-        "width": float(read_config(subject.run).width),
+        "detector": trained.detector.name,
+        "width": float(trained.width),
         "params_m": count_parameters(subject.network) / 1e6,
         "weights": subject.weights,
         "epoch": subject.epoch,
@@ -158,8 +159,4 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
 
 def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> None:
     """Prints what evaluate.py found, appends it to the table of results and writes it into the run's folder."""
-    print(table(evaluation, subject.title))
-    if config.report:
-        print(f"  reports in {subject.folder / reports_folder(evaluation, None)}")
-    append_row(config, subject.name, evaluation, subject.run)
-    print(f"  written to {write_evaluation(subject.folder, evaluation)}")
+    record_evaluation(config, subject, evaluation, table(evaluation, subject.title))

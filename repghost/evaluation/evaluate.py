@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError
-from repghost.evaluation.finish import Subject, finish_run, title_of_run
+from repghost.evaluation.finish import Subject, finish_run, record_evaluation, title_of_run
 from repghost.evaluation.outcome import (
-    append_row,
     changes,
     interval,
     reports_folder,
     table,
-    write_evaluation,
 )
 from repghost.evaluation.reports import PICTURES, Predictions, report_names, write_reports
 from repghost.evaluation.test_sets import LabelMap, label_map
@@ -196,12 +194,9 @@ def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data:
 
 
 def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> None:
-    """Prints what evaluate.py found, appends it to results.csv and writes it into a run's folder. On one rank only."""
-    print(table(evaluation, subject.title))
+    """Prints what evaluate.py found, beside what is published of a test set, and keeps it. On one rank only."""
+    printed = table(evaluation, subject.title)
     if config.test_set and (expected := published_accuracy(config.test_set, evaluation["width"])):
-        print(f"  timm, published weights of this width: Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%")
-    if config.report:
-        print(f"  reports in {subject.folder / reports_folder(evaluation, config.test_set)}")
-    append_row(config, subject.name, evaluation, subject.run)
-    if subject.run is not None:
-        print(f"  written to {write_evaluation(subject.run, evaluation)}")
+        published = f"Top-1 {expected[0]:6.2f}%   Top-5 {expected[1]:6.2f}%"
+        printed += f"\n  timm, published weights of this width: {published}"
+    record_evaluation(config, subject, evaluation, printed)

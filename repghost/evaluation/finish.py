@@ -16,7 +16,7 @@ from torch import nn
 from repghost.dataset import DataModule
 from repghost.description import describe_run
 from repghost.errors import print_rank_zero
-from repghost.evaluation.outcome import append_row, is_recorded, write_evaluation
+from repghost.evaluation.outcome import append_row, is_recorded, reports_folder, write_evaluation
 from repghost.reparameterization import reparameterize
 from repghost.run import SELECTIONS
 from repghost.training.loggers import GuardedLogger
@@ -49,6 +49,19 @@ class Subject:
 def title_of_run(directory: Path, selection: str) -> str:
     """The line above the figures of a run's last or best epoch."""
     return f"{directory}, EMA, {selection.replace('_', ' ')} epoch"
+
+
+def record_evaluation(config: DictConfig, subject: Subject, evaluation: dict[str, Any], printed: str) -> None:
+    """Prints what evaluate.py found, appends it to the table of results and writes it into a run's folder.
+
+    To be called on one rank only. printed: the figures for a person.
+    """
+    print(printed)
+    if config.report:
+        print(f"  reports in {subject.folder / reports_folder(evaluation, config.get('test_set'))}")
+    append_row(config, subject.name, evaluation, subject.run)
+    if subject.run is not None:
+        print(f"  written to {write_evaluation(subject.run, evaluation)}")
 
 
 def finish_run(
