@@ -260,15 +260,15 @@ def main(arguments: list[str] | None = None) -> None:
         print("dali loader: left out, the package nvidia-dali-cuda130 is not installed")
     if setting.regions is None:
         print("regions: left out, the program jpegtran is not installed")
+    parts = [pipeline_rows(setting, workers, options.seconds, options.repetitions) for workers in options.workers]
+    parts += [stage_rows(setting, options.seconds, options.repetitions), augment_rows(setting, options.repetitions)]
+    parts += [writing_rows(setting, min(2, options.repetitions))]
     table: list[dict[str, Any]] = []
-    for workers in options.workers:
-        table += pipeline_rows(setting, workers, options.seconds, options.repetitions)
-    table += stage_rows(setting, options.seconds, options.repetitions)
-    table += augment_rows(setting, options.repetitions)
-    table += writing_rows(setting, min(2, options.repetitions))
+    for rows in parts:  # each takes minutes, so that what is there is kept
+        table += rows
+        write_table(options.out, [facts | row for row in table])
     print_table(table)
     print(described(facts))
-    write_table(options.out, [facts | row for row in table])
 
 
 if __name__ == "__main__":
