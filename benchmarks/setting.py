@@ -18,6 +18,7 @@ from benchmarks.corpus import TRAIN, corpus
 from benchmarks.feeding import training_config
 from data.augment import Augment
 from data.crops import RandomCrops
+from data.image_sizes import ImageSizes
 from data.index import Index, load_index
 from data.sampling import RankSampler
 from data.shards import MANIFEST
@@ -67,7 +68,7 @@ class Setting:
     def crops(self, index: Index) -> RandomCrops:
         """The recipe's crops of an index."""
         sampler = RankSampler(len(index), self.batch_size)
-        return RandomCrops(index, sampler, IMAGE_SIZE, 0, self.recipe.scale, self.recipe.ratio)
+        return RandomCrops(index, sampler, ImageSizes(IMAGE_SIZE), 0, self.recipe.scale, self.recipe.ratio)
 
 
 def prepare(folder: Path, images: int, batch_size: int, device: torch.device, width: float = 1.0) -> Setting:

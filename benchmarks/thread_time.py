@@ -34,6 +34,7 @@ from data import dali_loader
 from data.crops import RandomCrops
 from data.dali_loader import DaliLoader, Gpu
 from data.dali_pipeline import dali
+from data.image_sizes import ImageSizes
 from data.index import Index, load_index
 from data.reader import LoaderOptions
 from data.sampling import RankSampler
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> dict[int, float]:
         for side in ("height", "width"):
             index.samples[side] = SIDE
     crops = RandomCrops(
-        index, RankSampler(len(index), options.batch_size), options.image_size, 0, (0.08, 1), (3 / 4, 4 / 3)
+        index, RankSampler(len(index), options.batch_size), ImageSizes(options.image_size), 0, (0.08, 1), (3 / 4, 4 / 3)
     )
     found = {}
     for readers in options.readers:

@@ -1,14 +1,13 @@
 """From decoded, cropped images to the network: flip, colour, RandAugment, normalize, erase, on batches.
 
-One implementation for both loaders, on the training device. Every decision comes from the uniforms of `data.sampling`;
-only the noise of erased pixels is drawn here, from torch's generator. Two paths give the same bits: one takes the whole
-batch and never waits for the device (GPUs, torch.compile), where the host has chosen the rows for each operation of
-RandAugment; the other takes the samples one by one, which a CPU's cache holds.
+One implementation for both loaders, on the training device. Every decision, and the noise of erased pixels, comes from
+the uniforms of `data.sampling`. Two paths give the same bits: one takes the whole batch and never waits for the device
+(GPUs, torch.compile), where the host has chosen the rows for each operation of RandAugment; the other takes the samples
+one by one, which a CPU's cache holds.
 Claim: colour jitter equals torchvision's on PIL images bit for bit; RandAugment: see `data.rand_augment`.
 Check: `pytest tests/test_augment.py`.
 """
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ import torch
 from torch import Tensor
 
 from data import sampling
+from data.erase import Erase, erase, erase_in_place, normal_quantiles
 from data.pil_ops import black, blend, channels, grey, mean_grey
 from data.rand_augment import FAMILIES, RandAugment
-from data.row_plan import RowPlan, enough, every_row
+from data.row_plan import RowPlan, every_row
+from data.sampling import between
 from repghost.errors import UserError, run_command
 
 Colour = tuple[Tensor, Tensor]  # factors and order of `jitter`
@@ -47,40 +48,9 @@ class Jitter:
         """Factors float32 [N, 3] and orders int64 [N] of `jitter`, from float32 [N, NUM_UNIFORMS]."""
         strengths = (self.brightness, self.contrast, self.saturation)
         shares = uniforms[:, sampling.JITTER].unbind(1)
-        factors = [_between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(shares, strengths, strict=True)]
+        factors = [between(u, max(0.0, 1 - s), 1 + s) for u, s in zip(shares, strengths, strict=True)]
         order = (uniforms[:, sampling.JITTER_ORDER].double() * len(ORDERS)).floor().long()
         return torch.stack(factors, dim=1), order
-
-
-@dataclass(frozen=True)
-class Erase:
-    """Random erasing (arXiv 1708.04896) of one rectangle: its probability, share of the image, shape.
-
-    area: range of the share; aspect: range of height / width.
-    """
-
-    probability: float
-    area: Sequence[float]
-    aspect: Sequence[float]
-
-    def boxes(self, uniforms: Tensor, height: int, width: int) -> Tensor:
-        """int64 [N, 4]: (top, left, height, width) of each sample's rectangle, all 0 if it has none.
-
-        As timm's RandomErasing: the first of ten attempts, area uniform and aspect log-uniform, that is
-        smaller than the image on both sides, placed uniformly; nothing is erased if none is.
-        """
-        uniforms = uniforms.double()
-        attempts = uniforms[:, sampling.ERASE_SHAPE].reshape(-1, sampling.ERASE_ATTEMPTS, 2)
-        area = _between(attempts[..., 0], *self.area) * (height * width)
-        aspect = _between(attempts[..., 1], *(math.log(value) for value in self.aspect)).exp()
-        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        fits = (h < height) & (w < width)
-        first = fits.long().argmax(dim=1, keepdim=True)  # of equal values the first
-        h, w = h.gather(1, first).flatten(), w.gather(1, first).flatten()
-        erased = fits.any(dim=1) & (uniforms[:, sampling.ERASE] < self.probability)
-        top = (uniforms[:, sampling.ERASE_TOP] * (height - h + 1)).floor()
-        left = (uniforms[:, sampling.ERASE_LEFT] * (width - w + 1)).floor()
-        return torch.stack([top, left, h, w], dim=1).long() * erased.unsqueeze(1)
 
 
 class Normalize:
@@ -118,6 +88,7 @@ class Augment(Normalize):
         self.jitter = _options(Jitter, "jitter", jitter)
         self.rand_augment = _options(RandAugment, "rand_augment", rand_augment)
         self.erase = _options(Erase, "erase", erase)
+        self._quantiles = None if self.erase is None else normal_quantiles()
         self._output: dict[str, Any] = {"dtype": torch.float32}
 
     def match_step(self, device: torch.device, precision: str, channels_last: bool) -> None:
@@ -137,30 +108,21 @@ class Augment(Normalize):
             return every_row(0, len(uniforms), uniforms.device)
         return self.rand_augment.plan(uniforms)
 
-    def train(
-        self,
-        images: Tensor,
-        uniforms: Tensor,
-        generator: torch.Generator | None = None,
-        plan: RowPlan | None = None,
-    ) -> Tensor:
+    def train(self, images: Tensor, uniforms: Tensor, plan: RowPlan | None = None) -> Tensor:
         """Augment and normalize: float32 [N, 3, H, W], or what `match_step` asks for.
 
-        images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; generator: of the erasing
-        noise, torch's global one if None; plan: what `plan` returned for these uniforms. Without one, a CPU takes the
-        samples one by one and a GPU computes everything for all rows. The results differ in nothing but the noise.
+        images: uint8 [N, 3, H, W]; uniforms: float32 [N, NUM_UNIFORMS] on the same device; plan: what `plan` returned
+        for these uniforms. Without one, a CPU takes the samples one by one and a GPU computes everything for all rows.
         """
         if plan is None:
             if images.device.type == "cpu" and not torch.compiler.is_compiling():
-                return self._train_one_by_one(images, uniforms, generator)
+                return self._train_one_by_one(images, uniforms)
             lists = 0 if self.rand_augment is None else self.rand_augment.operations * len(FAMILIES)
             plan = every_row(lists, len(images), images.device)
         plan = plan._replace(order=plan.order.to(images.device, non_blocking=True))
-        noise = None
-        if self.erase is not None:  # drawn out here: torch.compile takes no generator
-            shape = enough(len(images), self.erase.probability), *images.shape[1:]
-            noise = torch.randn(shape, generator=generator, device=images.device)
-        return self._train_batch(images, uniforms, plan, noise)
+        if self._quantiles is not None:
+            self._quantiles = self._quantiles.to(images.device)
+        return self._train_batch(images, uniforms, plan, self._quantiles)
 
     def compile(self) -> None:
         """Compiles the path that takes the whole batch; batches of another shape are compiled anew."""
@@ -168,21 +130,22 @@ class Augment(Normalize):
             self._train_batch, fullgraph=True, dynamic=False, options=_AS_EAGER
         )
 
-    def _train_batch(self, images: Tensor, uniforms: Tensor, plan: RowPlan, noise: Tensor | None) -> Tensor:
+    def _train_batch(self, images: Tensor, uniforms: Tensor, plan: RowPlan, quantiles: Tensor | None) -> Tensor:
         colour, boxes = self._draw(images, uniforms)
         pixels = self._pixels(images, uniforms, colour, plan.rows())
-        if boxes is not None and noise is not None:
-            pixels = erase(pixels, boxes, noise)
+        if boxes is not None and quantiles is not None:
+            pixels = erase(pixels, boxes, uniforms[:, sampling.ERASE_NOISE], quantiles)
         return pixels.to(**self._output)
 
-    def _train_one_by_one(self, images: Tensor, uniforms: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _train_one_by_one(self, images: Tensor, uniforms: Tensor) -> Tensor:
         colour, boxes = self._draw(images, uniforms)  # once: drawing for every sample would cost more
         result = torch.empty_like(images, dtype=torch.float32)
         for sample in map(slice, range(len(images)), range(1, len(images) + 1)):  # one fits a core's cache
             part = colour and (colour[0][sample], colour[1][sample])
             self._pixels(images[sample], uniforms[sample], part, None, out=result[sample])
-            if boxes is not None:
-                erase_in_place(result[sample], boxes[sample], generator)
+            if boxes is not None and self._quantiles is not None:
+                keys = uniforms[sample, sampling.ERASE_NOISE]
+                erase_in_place(result[sample], boxes[sample], keys, self._quantiles)
         return result
 
     def _draw(self, images: Tensor, uniforms: Tensor) -> tuple[Colour | None, Tensor | None]:
@@ -204,28 +167,6 @@ class Augment(Normalize):
         if self.rand_augment is not None:
             pixels = self.rand_augment(pixels, uniforms, rows)
         return self.evaluate(pixels if colour is None else jitter(pixels, *colour, grouped), out)
-
-
-def erase_in_place(pixels: Tensor, boxes: Tensor, generator: torch.Generator | None) -> None:
-    """Noise of N(0, 1) into the box of every sample of float32 [N, 3, H, W]; boxes: int64 [N, 4]."""
-    for image, (top, left, h, w) in zip(pixels, boxes.tolist(), strict=True):
-        if h > 0:
-            image[:, top : top + h, left : left + w] = torch.randn(3, h, w, generator=generator, device=pixels.device)
-
-
-def erase(pixels: Tensor, boxes: Tensor, noise: Tensor) -> Tensor:
-    """float32 [N, 3, H, W] with noise in the box of every sample, int64 [N, 4].
-
-    noise: float32 [M, 3, H, W], an entry for each sample with a box, in turn. If there are more of them than M, which
-    `enough` makes all but impossible, they start again from the first.
-    """
-    height, width = pixels.shape[2:]
-    entry = ((boxes[:, 2] > 0).cumsum(0) - 1) % len(noise)
-    top, left, h, w = boxes.view(-1, 4, 1, 1, 1).unbind(1)
-    y = torch.arange(height, device=pixels.device).view(1, 1, -1, 1)
-    x = torch.arange(width, device=pixels.device)
-    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-    return torch.where(inside, noise[entry], pixels)
 
 
 def flip(images: Tensor, flipped: Tensor, grouped: bool) -> Tensor:
@@ -262,10 +203,6 @@ def _mixed_order(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lower, upper = (first == 0).long(), 2 - (first == 2).long()  # the other two, ascending
     second = torch.where(order % 2 == 0, lower, upper)
     return first, second, 3 - first - second
-
-
-def _between(share: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * share
 
 
 T = TypeVar("T")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import sampling
+from data.image_sizes import ImageSizes
 from data.index import Index
 from data.sampling import NUM_UNIFORMS, RankSampler, epoch_order
 
@@ -41,33 +42,44 @@ class BatchCrops:
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Training: samples in the order of the epoch, RandomResizedCrop, bilinear or bicubic per image."""
+    """Training: samples in the order of the epoch, RandomResizedCrop, bilinear or bicubic per image.
+
+    sizes: of the images, by epoch. cycle: epochs after which order and crops repeat, None for never.
+    """
 
     index: Index
     sampler: RankSampler
-    image_size: int
+    sizes: ImageSizes
     seed: int
     scale: Sequence[float]
     ratio: Sequence[float]
+    cycle: int | None = None
 
     def __call__(self, epoch: int, batch: int) -> BatchCrops:
         """The crops of batch `batch` of epoch `epoch`."""
+        image_size = self.sizes(epoch)
+        epoch = epoch % self.cycle if self.cycle else epoch
         count, start = self.sampler.batch_size, self.sampler.start(batch)
         samples = epoch_order(self.seed, epoch, self.sampler.samples)[start : start + count]
         uniforms = sampling.uniforms(self.seed, epoch, start, count)
         height, width = (np.maximum(self.index.samples[side][samples], 1) for side in ("height", "width"))
         windows = crop_windows(uniforms, height, width, self.scale, self.ratio)
         return BatchCrops(
-            image_size=self.image_size,
+            image_size=image_size,
             positions=np.arange(start, start + count),
             uniforms=uniforms,
             samples=samples,
             windows=windows,
-            sizes=np.full((count, 2), self.image_size),
+            sizes=np.full((count, 2), image_size),
             corners=np.zeros((count, 2), np.int64),
             parts=windows,
             bicubic=uniforms[:, sampling.INTERPOLATION] >= 0.5,  # timm's interpolation="random"
         )
+
+    @property
+    def largest(self) -> int:
+        """The largest side of an image."""
+        return self.sizes.full
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,11 @@ class CenterCrops:
             parts=central_parts(windows, sizes, corners, self.image_size),
             bicubic=np.ones(count, bool),
         )
+
+    @property
+    def largest(self) -> int:
+        """The side of an image."""
+        return self.image_size
 
 
 Crops = RandomCrops | CenterCrops

@@ -137,7 +137,6 @@ class _Stream:
         return build_pipeline(
             self._source,
             self._crops.sampler.batch_size,
-            self._crops.image_size,
             self._options,
             device_id=gpu.device_id if gpu else None,
             decoder=gpu.decoder if gpu else "cpu",
@@ -153,8 +152,10 @@ class _Stream:
         batch = self._source.done()
         images = self._gpu.own(output) if self._gpu else _resized(batch, output)
         rest = map(torch.from_numpy, (batch.labels, batch.crops.positions, batch.crops.uniforms))
-        pinned = self._options.pin_memory
-        return Batch(*(t.pin_memory() if pinned and not t.is_cuda else t for t in (images, *rest))), batch.errors
+        tensors: Any = (images, *rest)
+        if self._options.pin_memory:
+            tensors = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
+        return Batch(*tensors), batch.errors
 
     def _run(self) -> Any:
         """The output of the pipeline; None when it cannot decode a file."""

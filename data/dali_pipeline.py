@@ -67,7 +67,8 @@ class DaliSource:
         inputs = [np.where(missing, 0, batch.starts), np.where(missing, 1, crops.parts[:, 2:])]
         inputs = [numbers.astype(np.int32) for numbers in inputs]
         if self.on_gpu:
-            inputs += [crops.sizes.astype(np.float32), crops.bicubic, crops.corners.astype(np.int32)]
+            square = np.full_like(crops.corners, crops.image_size, np.int32)
+            inputs += [crops.sizes.astype(np.float32), crops.bicubic, crops.corners.astype(np.int32), square]
         return tensors.TensorListCPU(files, None, False), *map(tensors.TensorListCPU, inputs)
 
     def done(self) -> EncodedBatch:
@@ -84,15 +85,13 @@ class DaliSource:
         self.decoded_until = self.iteration + ahead
 
 
-def build_pipeline(
-    source: DaliSource, rows: int, image_size: int, options: LoaderOptions, device_id: int | None, decoder: str
-) -> Any:
+def build_pipeline(source: DaliSource, rows: int, options: LoaderOptions, device_id: int | None, decoder: str) -> Any:
     """The pipeline, whose output is a list of uint8 [h, w, 3] regions, or of uint8 [3, S, S] images as on a GPU.
 
     rows: of a batch. decoder: DALI's device for decoding, `cpu` or `mixed`. source() gives, for each row: file; top and
-    left, height and width of its region; and for a GPU also what the region is resized to, whether bicubic, and top and
-    left of the image in that. The pipeline does not keep the source: DALI's objects hold each other, so that they, and
-    with them the source's processes, would stay until the garbage collector runs.
+    left, height and width of its region; and for a GPU also what the region is resized to, whether bicubic, top and
+    left of the image in that, and its height and width. The pipeline does not keep the source: DALI's objects hold each
+    other, so that they, and with them the source's processes, would stay until the garbage collector runs.
     """
     weak = ref(source)
 
@@ -102,7 +101,8 @@ def build_pipeline(
         return source()
 
     fn, types = dali().fn, dali().types
-    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.BOOL, types.INT32][: 6 if source.on_gpu else 3]
+    dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.BOOL, types.INT32, types.INT32]
+    dtypes = dtypes[: 7 if source.on_gpu else 3]
     as_pil: dict[str, Any] = {"adjust_orientation": False, "jpeg_fancy_upsampling": True}
     if decoder == "mixed":
         as_pil |= {"hw_decoder_load": options.hw_decoder_load, "affine": options.thread_affinity}
@@ -120,21 +120,22 @@ def build_pipeline(
             return fn.decoders.image_slice(file, start, shape, axes=[0, 1], **as_pil)
         # Not image_slice: GPU decoding of regions is reported to crash (nvImageCodec's issue 55).
         decoded = fn.decoders.image(file, device=decoder, **as_pil)
-        resized, bicubic, corner = rest
-        return dali_resize(fn.slice(decoded, start, shape, axes=[0, 1]), resized, bicubic, corner, image_size)
+        resized, bicubic, corner, square = rest
+        return dali_resize(fn.slice(decoded, start, shape, axes=[0, 1]), resized, bicubic, corner, square)
 
     return pipeline()
 
 
-def dali_resize(region: Any, resized: Any, bicubic: Any, corner: Any, image_size: int) -> Any:
+def dali_resize(region: Any, resized: Any, bicubic: Any, corner: Any, square: Any) -> Any:
     """DALI graph: uint8 [h, w, 3] -> uint8 [3, S, S], resized with PIL's filters and cut out at `corner`.
 
     resized: float [2] of (height, width). bicubic: bool, otherwise bilinear. corner: int [2] of (top, left).
+    square: int [2] of (S, S).
     """
     fn, types = dali().fn, dali().types
     kinds = np.array([types.INTERP_LINEAR, types.INTERP_CUBIC], np.int32)
     kind = types.Constant(kinds, device="cpu")[fn.cast(bicubic, dtype=types.INT32)]
     kind = fn.reinterpret(kind, dtype=types.INTERP_TYPE)
     image = fn.resize(region, size=resized, interp_type=kind, antialias=True, subpixel_scale=False)
-    image = fn.slice(image, start=corner, shape=[image_size, image_size], axes=[0, 1])
+    image = fn.slice(image, start=corner, shape=square, axes=[0, 1])
     return fn.transpose(image, perm=[2, 0, 1])

@@ -35,9 +35,7 @@ def plan_loader(
 
     cores: that a rank may use. on_gpu: whether it trains on one. has_dali: whether its package is installed.
     """
-    if loader == "auto":
-        # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
-        loader = "dali" if has_dali and workers != 0 else "torch"
+    loader = choose_loader(loader, workers, has_dali)
     if loader == "torch":
         readers = 0
     elif readers == "auto":
@@ -47,6 +45,14 @@ def plan_loader(
         # The core that launches kernels and those of the readers are not DALI's.
         workers = max(1, cores - 1 - int(readers)) if loader == "dali" and on_gpu else cores
     return LoaderPlan(loader, int(workers), int(readers), prefetch)
+
+
+def choose_loader(loader: str, workers: int | str, has_dali: bool) -> str:
+    """`dali` or `torch` for a value that may be `auto`."""
+    if loader == "auto":
+        # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
+        return "dali" if has_dali and workers != 0 else "torch"
+    return loader
 
 
 def _count(number: int, what: str) -> str:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.random import Philox
+from torch import Tensor
 
 # Columns of the uniforms of one sample. Their number never varies: an option that is off leaves its columns unread.
 CROP_ATTEMPTS = 10
@@ -25,6 +26,8 @@ ERASE = 38
 ERASE_ATTEMPTS = 10
 ERASE_SHAPE = slice(39, 59)  # (area, aspect) of every attempt
 ERASE_TOP, ERASE_LEFT = 59, 60
+ERASE_NOISE = 61
+MIX = slice(62, 64)  # of two neighbours together: kind and share from the first, the rectangle's place from the second
 NUM_UNIFORMS = 64
 
 _PER_COUNTER = 4  # Philox-4x64 yields four words for one value of its counter
@@ -52,6 +55,11 @@ def uniforms(seed: int, epoch: int, start: int, count: int, stream: int = _AUGME
     """
     raw = _raw(seed, epoch, stream, start * (NUM_UNIFORMS // _PER_COUNTER), count * NUM_UNIFORMS)
     return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)).reshape(count, NUM_UNIFORMS)
+
+
+def between(share: Tensor, low: float, high: float) -> Tensor:
+    """Uniform in [low, high) for shares uniform in [0, 1)."""
+    return low + (high - low) * share
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class TorchLoader(BatchLoader[Batch]):
 def batch_bytes(crops: Crops) -> int:
     """What a batch takes in shared memory, where each of its tensors is a file of whole pages."""
     rows = crops.sampler.batch_size
-    tensors = (3 * crops.image_size**2 * rows, 8 * rows, 8 * rows, 4 * NUM_UNIFORMS * rows)
+    tensors = (3 * crops.largest**2 * rows, 8 * rows, 8 * rows, 4 * NUM_UNIFORMS * rows)
     return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in tensors)
 
 
@@ -144,8 +144,8 @@ class CroppedBatches(Dataset):
         black = torch.zeros(crops.image_size, crops.image_size, 3, dtype=torch.uint8)
         images, labels, errors = self._reader.load(crops, load, black)
         # default_collate stacks into shared memory in a worker, which saves the copy on the way to the trainer.
-        rest = map(torch.from_numpy, (labels, crops.positions, crops.uniforms))
-        return Batch(default_collate(images).permute(0, 3, 1, 2), *rest), errors
+        columns: Any = map(torch.from_numpy, (labels, crops.positions, crops.uniforms))
+        return Batch(default_collate(images).permute(0, 3, 1, 2), *columns), errors
 
 
 def _forget_workers(loader: DataLoader) -> None:

@@ -32,6 +32,7 @@ from PIL import Image
 
 from data.crops import CenterCrops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
+from data.image_sizes import ImageSizes
 from data.index import Index, load_index
 from data.reader import BadImage, LoaderOptions
 from data.sampling import RankSampler
@@ -437,7 +438,9 @@ def test_any_damage_to_a_tar_is_a_user_error_or_leaves_it_sound(tmp_path: Path) 
 
 
 def training(loader: type, index: Index, skip_bad: int, rows: int = 9, workers: int = 0) -> TorchLoader:
-    crops = RandomCrops(index, RankSampler(len(index), rows), 32, seed=0, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    crops = RandomCrops(
+        index, RankSampler(len(index), rows), ImageSizes(32), seed=0, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+    )
     return loader(crops, LoaderOptions(workers=workers, prefetch=2, skip_bad=skip_bad))
 
 

@@ -22,6 +22,7 @@ from webdataset import TarWriter
 
 from data.crops import CenterCrops, RandomCrops
 from data.dali_loader import DaliLoader, dali_installed
+from data.image_sizes import ImageSizes
 from data.index import Index, load_index
 from data.reader import LoaderOptions, ShardReader, decode
 from data.regions import REGION, Changed, Regions, describe
@@ -297,14 +298,14 @@ def test_batches_are_those_of_files_that_are_decoded_whole(loader: str, training
 
     def batches(index: Index, made: Callable[[Any], Any]) -> list[Batch]:
         sampler = RankSampler(len(index), 4, drop_last=training)
-        crops = RandomCrops(index, sampler, 64, 3, (0.08, 1.0), (3 / 4, 4 / 3))
+        crops = RandomCrops(index, sampler, ImageSizes(64), 3, (0.08, 1.0), (3 / 4, 4 / 3))
         found = made(crops if training else CenterCrops(index, sampler, 64, 0.875))
         return [batch for _ in range(2) for batch in found]
 
     whole, cut = batches(replace(index, regions=None), LOADERS["torch"]), batches(index, LOADERS[loader])
     assert len(whole) == len(cut) == (4 if training else 6)
     for one, other in zip(whole, cut, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
 
 
 def test_less_is_read_of_a_file_that_is_cut(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +317,9 @@ def test_less_is_read_of_a_file_that_is_cut(index: Index, monkeypatch: pytest.Mo
 
     before = os.pread
     monkeypatch.setattr(os, "pread", pread)
-    crops = RandomCrops(index, RankSampler(len(index), len(index)), 64, 0, (0.08, 0.3), (3 / 4, 4 / 3))(0, 0)
+    crops = RandomCrops(index, RankSampler(len(index), len(index)), ImageSizes(64), 0, (0.08, 0.3), (3 / 4, 4 / 3))(
+        0, 0
+    )
     ShardReader(index).load(crops, lambda *_: None, None)
     assert sum(read) < 0.8 * index.samples["size"].sum()
 

@@ -10,6 +10,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from data.crops import RandomCrops, crop_windows, evaluation_sizes
+from data.image_sizes import ImageSizes
 from data.index import Index
 from data.sampling import NUM_UNIFORMS, RankSampler, epoch_order, uniforms
 from data.tars import SAMPLE
@@ -138,7 +139,7 @@ def test_windows_of_one_pixel() -> None:
 
 def test_half_of_the_interpolations_are_bicubic() -> None:
     index = Index("train", (), np.ones(10_000, SAMPLE), ())
-    crops = RandomCrops(index, RankSampler(10_000, 10_000), 32, seed=0, scale=SCALE, ratio=RATIO)
+    crops = RandomCrops(index, RankSampler(10_000, 10_000), ImageSizes(32), seed=0, scale=SCALE, ratio=RATIO)
     assert abs(crops(0, 0).bicubic.mean() - 0.5) < 0.02
 
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -32,3 +33,12 @@ def test_the_command_has_two_names_and_one_line_for_a_mistake(
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         assert end.value.code == 2
         assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+def test_pictures_are_mixed_and_of_full_size(tmp_path: Path, shards: Path) -> None:
+    common = [f"data.root={shards}", "image_size=32", "train_image_size=64", "recipe.start_image_size=32", "epochs=2"]
+    for name, more in (("plain", []), ("mixed", ["recipe.mix.cutmix=1", "recipe.mix.probability=1"])):
+        main([*common, *more, "--samples", "3", "--epochs", "4", "--out", str(tmp_path / f"{name}.png")])
+    plain, mixed = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "mixed"))
+    assert plain.shape == mixed.shape == (3 * 68 + 4, 5 * 68 + 4, 3)
+    assert (plain[:, :68] == mixed[:, :68]).all() and (plain != mixed).mean() > 0.05
