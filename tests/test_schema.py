@@ -34,6 +34,7 @@ NEEDED = {
     "evaluate": ["data.root=x", "weights=timm"],
     "train_detection": ["data.root=x", "weights=timm"],
     "evaluate_detection": ["data.root=x", "run=x"],
+    "teach": ["data.root=x", "teacher=x", "out=x"],
 }
 
 
@@ -107,7 +108,7 @@ TRIED = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_key_refuses_what_cannot_be_meant(program: str) -> None:
     known, parser = keys(program), OverridesParser.create()
-    loggers = ("csv", "wandb", "tensorboard") if program.startswith("train") else ()
+    loggers = ("csv", "wandb", "tensorboard") if not program.startswith("evaluate") else ()
     contents = {name: OmegaConf.to_container(composed(program, f"logger={name}"), resolve=True) for name in loggers}
     contents[""] = OmegaConf.to_container(composed(program), resolve=True)
     for _, key, value in sorted(row for row in TRIED if row[0] == program):
@@ -133,7 +134,7 @@ def test_the_table_is_as_long_as_the_schema() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_schema_and_conf_have_the_same_keys(program: str) -> None:
-    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if program.startswith("train") else [[]]
+    choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if not program.startswith("evaluate") else [[]]
     configs = [composed(program, *choice) for choice in choices]
     in_conf = {key for config in configs for key in flat(OmegaConf.to_container(config, resolve=False))}
     parts = {key for key, entry in keys(program).items() if entry.is_part}
@@ -198,7 +199,10 @@ TOGETHER = [
     (["+trainer.max_steps=1"], "trainer.max_steps=1: no such key"),
     (["logger=null"], "logger=null: give one of csv, tensorboard, wandb"),
     (["data=5"], "data=5: give one of coco, digits, digits_scenes, imagenet, imagenet_a"),
-    (["recipe=best"], "recipe=best: give one of coco_1x, finetune, paper, quick, quick_detection, ssdlite_320"),
+    (
+        ["recipe=best"],
+        "recipe=best: give one of coco_1x, distill, finetune, paper, quick, quick_detection, ssdlite_320",
+    ),
     (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
     (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),
     (["name=.."], "name=..: give the name of a folder"),

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from repghost.errors import UserError, printable
+from repghost.schema.classification import Evaluate, Teach, Train
 from repghost.schema.detection import EvaluateDetection, TrainDetection
-from repghost.schema.keys import Evaluate, Part, Train
+from repghost.schema.values import Part
 
 # The config of a command for each task, in conf/NAME.yaml.
 PROGRAMS: dict[str, type[Part]] = {
@@ -22,6 +23,7 @@ PROGRAMS: dict[str, type[Part]] = {
     "evaluate": Evaluate,
     "train_detection": TrainDetection,
     "evaluate_detection": EvaluateDetection,
+    "teach": Teach,
 }
 _BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 _TYPES = {"integer": "a whole number", "number": "a number"}
@@ -97,6 +99,11 @@ def _choices(entry: Mapping[str, Any]) -> list[str]:
     return list(entry["enum"]) if "enum" in entry else [str(entry["const"]).lower()] if "const" in entry else []
 
 
+def command_of(program: str) -> str:
+    """What is typed after `python` to start `program`, one of PROGRAMS."""
+    return "-m repghost.teach" if program == "teach" else f"{program.partition('_')[0]}.py"
+
+
 def check_values(program: str, values: Mapping[str, Any], given: Collection[str]) -> None:
     """Raises UserError for the first value of a composed and resolved config that cannot be meant, by its key.
 
@@ -129,8 +136,7 @@ def _message(program: str, error: ErrorDetails, values: Mapping[str, Any], given
         argument = f"{name}={shown(_value(values, name))}"
         if any(f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.") for each in given):
             return unknown_key(argument, name, known)
-        command = program.partition("_")[0]
-        return f"{argument}: no key of {command}.py; a choice that sets it is for another command or task"
+        return f"{argument}: no key of {command_of(program)}; a choice that sets it is for another command or task"
     words = known[name].words if name in known else "what conf/ has"
     return f"{name}={shown(_value(values, name))}: give {words}"
 

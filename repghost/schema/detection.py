@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from repghost.schema.keys import Devices, Shared, Training
+from repghost.schema.keys import Devices, Shards, Shared, Training
 from repghost.schema.values import (
     Convert,
     Count,
@@ -16,7 +16,6 @@ from repghost.schema.values import (
     Partial,
     Path,
     Positive,
-    Processes,
     Share,
     ShareAboveZero,
     ShareBelowOne,
@@ -99,19 +98,7 @@ class Detector(Part):
     detections: Count = key("boxes of an image, at most")
 
 
-class DetectionFolder(Part):
-    """conf/data/coco.yaml, which every data set of a detector builds on."""
-
-    target: Target
-    convert: Convert
-    root: Path | dict[str, Any] = key("folder of shards that `python -m data.write_shards coco` wrote, or its URL")
-    cache: Path = key("folder for downloads and indexes")
-    workers: Processes = key("processes of a rank that decode; auto: its share of the cores")
-    prefetch: Annotated[int, Field(ge=1, le=1024)] = key("batches that a worker is ahead")
-    eval_batch_size: Annotated[int, Field(ge=1, le=16384)] = key("images per device and batch in evaluation")
-
-
-class DetectionTrainingData(DetectionFolder):
+class DetectionTrainingData(Shards):
     masks: bool = key("read the objects' masks, which detector=mask_rcnn sets and learns from")
     skip_budget: Share = key("share of the training images that may be damaged in an epoch; validation has none")
     empty_images: bool = key("train on images without objects, too")
@@ -168,5 +155,5 @@ class EvaluateDetection(Shared):
         "files in the run's folder: AP of every class, COCO's results in JSON, the best and worst images",
         json_schema_extra={"words": "one of classes, predictions, pictures, null, or several: [classes,pictures]"},
     )
-    data: DetectionFolder
+    data: Shards
     trainer: Devices

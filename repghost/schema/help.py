@@ -10,19 +10,22 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from repghost.schema.check import keys, shown
+from repghost.schema.check import command_of, keys, shown
 
 _COLUMN = 40  # where sentences begin
 
 
 def help_text(program: str, description: str, conf: Path) -> str:
     """description: of the program, with examples. conf: the folder of its configs."""
-    command = program.partition("_")[0]
+    command = command_of(program)
+    usage = [
+        f"usage: python {command} [KEY=VALUE ...]",
+        f"       python {command} -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
+        f"       python {command} --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
+    ]
     return "\n".join(
         [
-            f"usage: python {command}.py [KEY=VALUE ...]",
-            f"       python {command}.py -m KEY=VALUE,VALUE ...      a sweep: one after the other, over any keys",
-            f"       python {command}.py --cfg job [KEY=VALUE ...]   prints the whole config; --hydra-help: more flags",
+            *(usage if command.endswith(".py") else [f"{usage[0]} OUT"]),
             f"\n{description}",
             "\nGroups of values, in conf/GROUP/CHOICE.yaml:",
             *_group_rows(program, conf),
@@ -35,6 +38,8 @@ def help_text(program: str, description: str, conf: Path) -> str:
 def _group_rows(program: str, conf: Path) -> Iterator[str]:
     """GROUP=CHOICE and what the file says first of itself."""
     defaults = yaml.safe_load((conf / f"{program}.yaml").read_text())["defaults"]
+    if "train" in defaults:
+        defaults = yaml.safe_load((conf / "train.yaml").read_text())["defaults"]
     chosen = {group: choice for entry in defaults if isinstance(entry, dict) for group, choice in entry.items()}
     for group in sorted(chosen.keys() & keys(program).keys()):
         for file in sorted((conf / group).glob("*.yaml")):

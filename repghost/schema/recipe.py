@@ -1,15 +1,17 @@
 """The keys of a recipe (conf/recipe): see repghost/schema/keys.py. Check: `pytest tests/test_schema.py`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from repghost.schema.values import (
     Colour,
     Count,
+    ImageSize,
     Mean,
     NotNegative,
     Part,
+    Path,
     Positive,
     Positives,
     Share,
@@ -55,6 +57,15 @@ class Augment(Part):
     std: Std = key("standard deviation of each channel, of pixels in [0, 1]")
 
 
+class Mix(Part):
+    """`recipe.mix`."""
+
+    mixup: NotNegative = key("a of Beta(a, a), from which the share of each image is drawn (arXiv 1710.09412); 0: off")
+    cutmix: NotNegative = key("a of Beta(a, a), from which a rectangle's area is drawn (arXiv 1905.04899); 0: off")
+    probability: Share = key("that a pair of images is mixed")
+    cutmix_share: Share = key("of the mixed pairs that CutMix gets, where mixup and CutMix are both on")
+
+
 class Recipe(Part):
     """`recipe` of conf/recipe."""
 
@@ -72,6 +83,20 @@ class Recipe(Part):
     ema_span: ShareAboveZero | None = key(
         "the weight average's memory as a share of the run's steps; null: by ema_decay"
     )
+    teacher_loss: Literal["soft", "hard"] = key(
+        "what is learned from a teacher: soft: its probabilities (arXiv 1503.02531); hard: its most probable class"
+    )
+    teacher_weight: Share = key("share of the loss that is the teacher's; the labels have the rest")
+    teacher_temperature: Positive = key("by which the logits of both are divided in the soft loss")
+    teacher_image_size: ImageSize | None = key("side of the images that teacher= gets; null: that of its training")
+    teacher_logits: Path | None = key("folder that `python -m repghost.teach` wrote, instead of teacher=")
+    start_image_size: Annotated[int, Field(ge=32, le=2048, multiple_of=32)] | None = key(
+        "side of the images of the first epoch, which then grow in steps of 32 pixels; null: all epochs have one size",
+        json_schema_extra={"words": "a multiple of 32 from 32 on, or null"},
+    )
+    full_size_epochs: Annotated[int, Field(ge=0)] = key("last epochs, of the images' full size, with start_image_size")
+    cycle_epochs: Count | None = key("epochs after which order and crops of the images repeat; null: never")
+    mix: Mix
     scale: Shares = key("share of the image's area that a random crop takes")
     ratio: Positives = key("aspect of a random crop")
     rand_augment_from_width: NotNegative | None = key(
