@@ -4,6 +4,7 @@ Nothing that takes long to import is, before a fixture needs it: the process tha
 """
 
 import gc
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -109,10 +110,20 @@ def train_in(folder: Path, *arguments: str) -> None:
         patched.chdir(folder)
         patched.setattr(sys, "argv", ["train.py", *TINY, *arguments])
         train.main()
+    end_logging()
+
+
+def end_logging() -> None:
+    """Takes out what Hydra lets all libraries log to: the stdout of this test, which pytest closes."""
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Program:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Program]:
     """Calls a program's main with a command line, in an empty folder; returns the exit code."""
     use_one_thread()
     monkeypatch.chdir(tmp_path)
@@ -127,7 +138,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
             return int(end.code or 0)
         return 0
 
-    return program
+    yield program
+    end_logging()
 
 
 @pytest.fixture
