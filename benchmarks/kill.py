@@ -1,14 +1,15 @@
 """Kills runs with SIGKILL and compares what they come to with a run that nobody disturbed: bit for bit, or not.
 
     python benchmarks/kill.py --kills 50
-    python benchmarks/kill.py --kills 10 --task detection
+    python benchmarks/kill.py --kills 10 --task detection     (or distill, or teach)
 
-Trains a tiny network on the embedded digits, or a tiny detector on the embedded scenes, kills the process at a random
-moment, starts the same command again, and so on, five kills a run; then lets the run finish and compares weights,
-average, optimizer, best epochs, metrics.csv and evaluation. A fifth of the kills hit the writing of a checkpoint (its
-temporary file is there, and is left behind), a tenth a validation (its progress bar is the last one drawn); nothing in
-train.py knows of this. Writes a row for each kill into results/kill.csv and the summary into results/kill.md, of
-detectors results/kill_detection.*; exit code 1 when anything differed.
+Trains a tiny network on the embedded digits (distill: with another one as its teacher; teach: stores the logits of
+that one), or a tiny detector on the embedded scenes, kills the process at a random moment, starts the same command
+again, and so on, five kills a run; then lets the run finish and compares weights, average, optimizer, best epochs,
+metrics.csv and evaluation, or the stored logits. A fifth of the kills hit the writing of a checkpoint (its temporary
+file is there, and is left behind), a tenth a validation (its progress bar is the last one drawn); nothing in train.py
+knows of this. Writes a row for each kill into results/kill.csv and the summary into results/kill.md, for other tasks
+into results/kill_TASK.*; exit code 1 when anything differed.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,8 +39,11 @@ RUN = [
     "data=digits", "recipe=quick", "width=0.1", "epochs=2", "recipe.warmup_epochs=1", "trainer=cpu", "data.workers=0",
     "data.eval_batch_size=8", "curve_seconds=1e9", "checkpoint.minutes=0.001",
 ]  # fmt: skip
+TEACHER = "teacher=outputs/teacher"
 OF_TASK = {
     "classification": RUN,
+    "distill": [*RUN, TEACHER, "recipe.teacher_weight=0.5", "recipe.mix.mixup=0.2"],
+    "teach": [*RUN, TEACHER, "recipe.mix.mixup=0.2"],
     "detection": [
         "task=detection", "data=digits_scenes", "recipe=quick_detection", "detector=ssdlite", "width=0.1", "epochs=2",
         "detector.image_size=[64]", "detector.channels=16", "detector.candidates=50", "detector.detections=20",
@@ -53,6 +57,9 @@ SAME_VALUES = ("state_dict", "ema", "optimizer_states", "history", "train_sums",
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between the folders of two finished runs; empty when they are the same to the bit."""
+    if stored := sorted(path.name for path in one.glob("*.logits")):  # by repghost.teach
+        stored.append("store.json")
+        return [name for name in stored if (one / name).read_bytes() != (other / name).read_bytes()]
     found = [name for name in SAME_BYTES if (one / name).read_bytes() != (other / name).read_bytes()]
     for name in ("last.ckpt", "best_raw.ckpt", "best_ema.ckpt"):
         a, b = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
@@ -86,16 +93,17 @@ class Kill:
 
 
 class Process:
-    """train.py in a terminal of its own, so that it draws its progress bars."""
+    """train.py, or repghost.teach, in a terminal of its own, so that it draws its progress bars."""
 
-    def __init__(self, folder: Path, run: str, command: list[str]) -> None:
+    def __init__(self, folder: Path, run: str, command: list[str], teaches: bool = False) -> None:
         self._folder = folder / "outputs" / run / "checkpoints"
         self._leftovers = self._temporaries()
         self._terminal, slave = pty.openpty()
         termios.tcsetwinsize(slave, (24, 120))  # a bar of no width is not drawn
+        program = ["-m", "repghost.teach", f"outputs/{run}"] if teaches else [str(ROOT / "train.py"), f"name={run}"]
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *command, f"name={run}", f"data.cache={folder}"],
-            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            [sys.executable, *program, *command, f"data.cache={folder}"],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, start_new_session=True,
             stdin=slave, stdout=slave, stderr=slave,
         )  # fmt: skip
         os.close(slave)
@@ -182,12 +190,12 @@ def kill_at(moment: str, process: Process, pace: Pace, rng: random.Random) -> bo
 
 
 def kill_and_finish(
-    run: str, todo: list[str], folder: Path, command: list[str], pace: Pace, rng: random.Random
+    run: str, todo: list[str], start: Callable[[str], Process], pace: Pace, rng: random.Random
 ) -> list[Kill]:
     """Takes up to five moments from `todo`, then lets the run finish."""
     kills: list[Kill] = []
     while todo and len(kills) < KILLS_PER_RUN:
-        process = Process(folder, run, command)
+        process = start(run)
         if not kill_at(todo[0], process, pace, rng):
             break
         hit = process.moment()
@@ -196,7 +204,7 @@ def kill_and_finish(
             if counts_as in todo:
                 todo.remove(counts_as)
                 break
-    finished = Process(folder, run, command)
+    finished = start(run)
     if finished.wait() != 0:
         sys.exit(f"{run} failed:\n{finished.output.decode()}")
     return kills
@@ -212,7 +220,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="of train.py, such as trainer.devices=2")
     options = parser.parse_args()
     rng, of_task = random.Random(options.seed), [*OF_TASK[options.task], *options.overrides]
-    writing, validation = -(-options.kills // 5), -(-options.kills // 10)
+    teaches = options.task == "teach"
+    writing, validation = -(-options.kills // 5), 0 if teaches else -(-options.kills // 10)
     todo = [WRITING] * writing + [VALIDATION] * validation + [RANDOM] * max(0, options.kills - writing - validation)
     rng.shuffle(todo)
     kills: list[Kill] = []
@@ -220,7 +229,13 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        undisturbed = Process(folder, "undisturbed", of_task)
+
+        def begin(run: str) -> Process:
+            return Process(folder, run, of_task, teaches)
+
+        if TEACHER in of_task and (teacher := Process(folder, "teacher", RUN)).wait() != 0:
+            sys.exit(teacher.output.decode())
+        undisturbed = begin("undisturbed")
         while undisturbed.runs() and not undisturbed.trains():
             time.sleep(0.001)
         start = undisturbed.seconds
@@ -230,7 +245,7 @@ def main() -> int:
         while todo:
             runs += 1
             run = f"run{runs}"
-            mine = kill_and_finish(run, todo, folder, of_task, pace, rng)
+            mine = kill_and_finish(run, todo, begin, pace, rng)
             differing[run] = differences(folder / "outputs" / "undisturbed", folder / "outputs" / run)
             for kill in mine:
                 kill.identical = not differing[run]
@@ -240,19 +255,24 @@ def main() -> int:
             )
             kills += mine
         table = "detection.csv" if options.task == "detection" else "results.csv"
-        with open(folder / "results" / table, newline="") as file:
-            names = [row["name"] for row in csv.DictReader(file)]
+        names = []
+        if not teaches:
+            with open(folder / "results" / table, newline="") as file:
+                names = [row["name"] for row in csv.DictReader(file) if row["name"] != "teacher"]
     same = sum(bool(kill.identical) for kill in kills)
     hit = {moment: sum(kill.moment == moment for kill in kills) for moment in (WRITING, VALIDATION)}
+    compared = (
+        f"{', '.join(SAME_BYTES)}; {', '.join(SAME_VALUES)} of last, best_raw and best_ema.ckpt. "
+        f"Rows in {table} beyond two a run: {len(names) - 2 * len(set(names))}."
+    )
     summary = (
         f"{same} of {len(kills)} kills in {runs} runs: bit-identical to a run without one "
         f"({hit[WRITING]} while a checkpoint was written, {hit[VALIDATION]} during a validation). "
-        f"Compared: {', '.join(SAME_BYTES)}; {', '.join(SAME_VALUES)} of last, best_raw and best_ema.ckpt. "
-        f"Rows in {table} beyond two a run: {len(names) - 2 * len(set(names))}."
+        f"Compared: {'all files of the store.' if teaches else compared}"
     )
     print(f"\n{summary}\n{time.monotonic() - began:.0f} s")
     options.results.mkdir(parents=True, exist_ok=True)
-    name = "kill_detection" if options.task == "detection" else "kill"
+    name = "kill" if options.task == "classification" else f"kill_{options.task}"
     with open(options.results / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Kill)])
         writer.writeheader()

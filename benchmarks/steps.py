@@ -1,10 +1,13 @@
 """The training step of this project and timm's, each as a function that runs one on a batch: for train_step.py."""
 
+import atexit
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,7 +22,10 @@ from torch import nn
 from benchmarks.common import kernels_of_training, wait_for
 from benchmarks.feeding import training_config
 from benchmarks.setting import IMAGE_SIZE
-from repghost.dataset import Batch
+from repghost.dataset import Batch, TeacherLogits
+from repghost.distillation.loss import Distillation
+from repghost.distillation.store import LogitsStore, top_logits
+from repghost.distillation.teaching import Teaching
 from repghost.training.trainer import keep_freed_memory
 
 CLASSES = 1000
@@ -71,20 +77,27 @@ class Run:
         kernels_of_training()
 
 
-def our_step(run: Run, compile: bool | str) -> Step:
+def our_step(run: Run, compile: bool | str, taught: bool = False) -> Step:
     """ImageClassifier as train.py builds it, without Lightning around it; compile: the key of that name.
 
     Its images are float32, as timm's are: on a GPU it casts them, which train.py leaves to the augmentation.
+    taught: with ten stored logits of a teacher for each image, which are read in every step.
     """
     config = run.config("data.root=not read", f"compile={compile}")
     if run.device.type == "cpu":
         keep_freed_memory()  # as make_trainer does
     model = instantiate(config.model, num_classes=CLASSES)
-    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=1000).to(run.device)
+    store = stored_logits(run) if taught else None
+    teaching = Teaching(Distillation("soft", 0.5, 1.0), None, "noise", "") if taught else None
+    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=1000, teaching=teaching)
+    classifier = classifier.to(run.device)
     classifier.on_fit_start()
     optimizer = classifier.configure_optimizers()
 
     def step(batch: Batch) -> None:
+        if store:
+            logits = store.read(0, batch.positions)
+            batch = batch._replace(teacher=TeacherLogits(*(tensor.to(run.device) for tensor in logits)))
         classifier.on_train_batch_start(batch, 0)
         with run.amp:
             loss = classifier.training_step(batch, 0)
@@ -94,6 +107,15 @@ def our_step(run: Run, compile: bool | str) -> Step:
         classifier.ema.update(classifier.model)
 
     return step
+
+
+def stored_logits(run: Run) -> LogitsStore:
+    """A store of an epoch of one batch, in a folder that is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    store = LogitsStore(Path(folder.name), "noise", "", CLASSES, 10, "float16", run.batch_size, 1, {})
+    store.write(0, 0, top_logits(torch.randn(run.batch_size, CLASSES), store.top, store.dtype))
+    return store
 
 
 def timm_step(run: Run, compile: bool) -> Step:

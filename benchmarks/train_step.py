@@ -7,6 +7,7 @@ makes JPEG files like ImageNet's (benchmarks/corpus.py), shards of them, and mea
 - step: forward, loss, backward, optimizer and average on one batch that stays on the device, this project's and timm's
   in turns, --repetitions times. timm's is what its training script does by default: planar layout, its SGD, loss and
   ModelEmaV2, no torch.compile; on a GPU both use bf16, and timm's is measured with channels_last and torch.compile too.
+  Ours with the stored logits of a teacher, too, which it reads in every step.
   Both let cuDNN choose its kernels by timing them and go without TensorFloat-32, as train.py does;
 - loader: augmented batches on the device, alone: from the data module of train.py, with the loader, the workers and the
   augmentation that a training on this device has; timm's with its prefetcher on a GPU, and as many workers as cores;
@@ -39,6 +40,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -69,6 +71,7 @@ Row = dict[str, Any]
 def step_rows(run: Run, repetitions: int, steps: int, quick: bool, alone: bool) -> Iterator[Row]:
     """A row a step; not quick: also in the ways that are not the default. alone: without timm's."""
     kinds = {"step: timm": partial(timm_step, compile=False), "step: ours": partial(our_step, compile="auto")}
+    kinds["step: ours, stored logits"] = partial(our_step, compile="auto", taught=True)
     if run.device.type == "cuda":
         kinds["step: timm, channels_last, compiled"] = partial(timm_step, compile=True)
     if not quick:
@@ -84,7 +87,10 @@ def step_rows(run: Run, repetitions: int, steps: int, quick: bool, alone: bool) 
             for name, worker in workers.items():
                 found[name].append(steps * run.batch_size / worker.submit(timed_steps, run, steps).result())
     for name in kinds:
-        yield {"what": name, "seconds_to_begin": begun[name], **rates(found[name], found.get("step: timm"))}
+        row = {"what": name, "seconds_to_begin": begun[name], **rates(found[name], found.get("step: timm"))}
+        if "stored" in name:
+            row["ratio_to_ours"] = median(a / b for a, b in zip(found[name], found["step: ours"], strict=True))
+        yield row
 
 
 # -- loaders, and both together ---------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> 
         raise UserError(f"{error.full_key}: {problem}: a choice of the command is for another task") from None
     assert isinstance(values, dict)
     check_values(program, {str(key): value for key, value in values.items()}, given)
-    if not program.startswith("train"):  # an evaluation may take from its run what is missing here
+    if program.startswith("evaluate"):  # an evaluation may take from its run what is missing here
         return
     if missing := sorted(OmegaConf.missing_keys(checked)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")

@@ -10,6 +10,20 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 
+class Mixture(NamedTuple):
+    """What mixup or CutMix has put into each of N training images."""
+
+    labels: Tensor  # int64 [N]: of the other image
+    shares: Tensor  # float32 [N]: the image's own share of the target; 1 where nothing was mixed in
+
+
+class TeacherLogits(NamedTuple):
+    """What a teacher said of N training images: for each its K most probable classes."""
+
+    values: Tensor  # float16 or float32 [N, K]: logarithms of the probabilities
+    classes: Tensor  # int64 [N, K]
+
+
 class Batch(NamedTuple):
     """N rows. A row without an image (the end of validation, a skipped image) has label -1 and counts nowhere."""
 
@@ -17,6 +31,8 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]: index in the epoch; in validation, the row of the index
     uniforms: Tensor  # float32 [N, K]: the random draws of each row
+    mixture: Mixture | None = None  # in a training that mixes images, on the device
+    teacher: TeacherLogits | None = None  # in a training from stored logits
 
 
 class DetectionBatch(NamedTuple):

@@ -12,6 +12,7 @@ EXTRAS = {
     "train": ("hydra", "webdataset", "wandb", "tensorboard", "sklearn", "scipy", "pyarrow", "braceexpand", "fsspec",
               "aiohttp", "nvidia", "pydantic", "pydantic_core", "faster_coco_eval", "isal"),
     "remote": ("s3fs", "gcsfs"),
+    "distill": ("timm",),
     "sweep": ("hydra_plugins", "optuna", "submitit"),
     "deploy": ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools"),
 }  # fmt: skip

@@ -457,11 +457,30 @@ SHOW_REFUSED: Rows = {
 }
 SHOW_WORKS: Rows = {"--samples 2 --epochs 1 --out {out}/a.png image_size=32 data.root={shards}": r"2 samples"}
 
+# -- python -m repghost.teach ------------------------------------------------------------------------------------------
+
+TEACH_REFUSED: Rows = {
+    "{out}/logits": r"teacher is missing",
+    "teacher={run}": r"out is missing",
+    "teacher={run} {out}/logits foo=1": r"foo=1: no such key",
+    "teacher={run} {out}/logits top=0": r"top=0",
+    "teacher={run} {out}/logits dtype=int8": r"dtype=int8: give float16 or float32",
+    "teacher={run} {out}/logits recipe.teacher_logits=x": r"teacher is missing",
+    "teacher={run} {out}/logits epochs=2 recipe.cycle_epochs=1": r"epochs=2: give at most recipe\.cycle_epochs=1",
+    "teacher={run} {out}/logits -m": r"-m: no flag of this command",
+    "teacher={run} {out}/logits a": r"a: neither KEY=VALUE nor the folder",
+    "teacher=nowhere {out}/logits": r"nowhere",
+    "teacher=timm:nothing {out}/logits": r"timm:nothing",
+    "teacher={run} /proc/logits": r"/proc/logits",
+}
+TEACH_WORKS: Rows = {"teacher={run} top=2 {out}/logits": r"1 epochs of 40 images, 2 classes of each in float16"}
+
 # The programs, and the words before every row of theirs.
 TINY = (
     "recipe=quick width=0.1 image_size=32 batch_size=8 epochs=1 trainer=cpu data.workers=0 data.eval_batch_size=8 "
     "recipe.warmup_epochs=1 curve_seconds=1e9 data.root={shards} output={out} data.cache={cache} results={out}/r.csv"
 )
+TEACHING = TINY.replace("output={out} ", "").replace(" results={out}/r.csv", "")
 EVALUATE = "trainer=cpu data.workers=0 data.cache={cache} results={out}/r.csv"
 REFUSED: dict[str, tuple[str, Rows]] = {
     "train.py": (TINY, TRAIN_REFUSED),
@@ -473,6 +492,7 @@ REFUSED: dict[str, tuple[str, Rows]] = {
     "data.index": ("", INDEX_REFUSED),
     "data.write_shards": ("", WRITE_REFUSED),
     "data.show": ("", SHOW_REFUSED),
+    "repghost.teach": (TEACHING, TEACH_REFUSED),
 }
 WORKS: dict[str, tuple[str, Rows]] = {
     "train.py": (TINY, TRAIN_WORKS),
@@ -482,4 +502,5 @@ WORKS: dict[str, tuple[str, Rows]] = {
     "data.index": ("", INDEX_WORKS),
     "data.write_shards": ("", WRITE_WORKS),
     "data.show": ("", SHOW_WORKS),
+    "repghost.teach": (TEACHING, TEACH_WORKS),
 }

@@ -56,6 +56,9 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 WIDE = ("recipe.rand_augment_from_width=0.05",)
+TAUGHT = ("teacher={last}", "recipe.teacher_weight=0.5")
+BOTH_MIXED = ("recipe.mix.mixup=1", "recipe.mix.cutmix=1")
+GROWING = ("train_image_size=64", "epochs=2", "recipe.start_image_size=32")
 # What else is on the command line, of the run with the key's own value, too: first match.
 CONTEXTS = {
     "recipe.augment.rand_augment": WIDE,
@@ -65,6 +68,12 @@ CONTEXTS = {
     "recipe.learning_rate": ("epochs=2",),
     "recipe.final_learning_rate": ("epochs=2",),
     "recipe.warmup_epochs": ("epochs=2",),
+    "recipe.teacher": TAUGHT,
+    "recipe.mix.cutmix_share": BOTH_MIXED,
+    "recipe.mix.probability": BOTH_MIXED,
+    "recipe.start_image_size": GROWING[:2],
+    "recipe.full_size_epochs": GROWING,
+    "recipe.cycle_epochs": ("epochs=2",),
 }
 VALUES = {
     "image_size": "64",
@@ -85,6 +94,15 @@ VALUES = {
     "weights": "{last}",
     "data.crop_fraction": "0.5",
     "accumulate": "2",
+    "train_image_size": "64",
+    "recipe.start_image_size": "32",
+    "recipe.full_size_epochs": "2",
+    "recipe.cycle_epochs": "1",
+    "recipe.mix.mixup": "1",
+    "recipe.mix.cutmix": "1",
+    "recipe.teacher_loss": "hard",
+    "recipe.teacher_weight": "0.9",
+    "recipe.teacher_image_size": "64",
 }
 # Refused in one line that names the value.
 REFUSED = {
@@ -159,8 +177,10 @@ FILES = {
     "logger": ("logger=tensorboard", "runs/mine/**/events.out.tfevents.*"),
     "data.cache": ("data.cache=cache", "cache/digits/manifest.json"),
 }
-# Below, but for the timeout, which takes several ranks: test_sweep.py.
+# Below, but for the timeout, which takes several ranks: test_sweep.py; and for the teachers: test_distillation.py and
+# test_logits_store.py.
 ELSEWHERE = {"data.skip_budget", "curve_seconds", "data.root", "trainer.timeout_minutes"}
+ELSEWHERE |= {"teacher", "recipe.teacher_logits"}
 TRAIN = keys_of("train")
 RESULTS = sorted(TRAIN.keys() - REFUSED.keys() - BUILT.keys() - FILES.keys() - ELSEWHERE)
 

@@ -26,7 +26,8 @@ CORE = [
     "data/datamodule.py", "data/shard_data.py", "data/index.py", "data/tars.py", "data/sampling.py", "data/crops.py",
     "data/reader.py", "data/regions.py",
     "data/shards.py", "data/torch_loader.py", "data/dali_loader.py", "data/dali_pipeline.py", "data/encoded.py",
-    "data/loader_plan.py", "data/augment.py", "data/rand_augment.py", "data/row_plan.py", "data/pil_ops.py",
+    "data/loader_plan.py", "data/image_sizes.py", "data/augment.py", "data/erase.py", "data/mix.py",
+    "data/rand_augment.py", "data/row_plan.py", "data/pil_ops.py",
     "repghost/evaluation/evaluate.py", "repghost/evaluation/finish.py", "repghost/evaluation/reports.py",
     "repghost/evaluation/test_sets.py",
     "repghost/run.py", "repghost/run_name.py",
@@ -99,9 +100,9 @@ def test_the_product_stays_small() -> None:
     assert not [pattern for pattern in CORE if not any(ROOT.glob(pattern))], "in CORE, but not there"
     assert core <= set(PRODUCT)
     lines = {path: code_lines(path) for path in PRODUCT}
-    assert sum(lines.values()) <= 11417
-    assert sum(lines[path] for path in core) <= 6105
-    assert sum(lines[path] for pattern in DETECTION for path in ROOT.glob(pattern)) <= 1601
+    assert sum(lines.values()) <= 12134
+    assert sum(lines[path] for path in core) <= 6382
+    assert sum(lines[path] for pattern in DETECTION for path in ROOT.glob(pattern)) <= 1589
 
 
 def test_no_file_is_longer_than_300_lines() -> None:

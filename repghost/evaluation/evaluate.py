@@ -58,7 +58,7 @@ class Evaluation(pl.LightningModule):
         self._batches: list[tuple[Tensor, ...]] = []  # the columns of Predictions
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, labels, positions, _ = batch
+        images, labels, positions = batch[:3]
         with nullcontext() if self._autocast else torch.autocast(self.device.type, enabled=False):
             logits = self.model(images)
             fused = logits if self.fused is self.model else self.fused(images)

@@ -229,7 +229,7 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # last.ckpt comes last: a process that dies before it trains the rest of the epoch again, and saves all again.
         history, metric = _module(trainer).history, _module(trainer).metric
-        columns = {name: f"{of}_{metric}" for name, of in BEST.items()}
+        columns = {name: f"{of}_{metric}" for name, of in BEST.items()} if metric else {}
         best = [name for name, column in columns.items() if history[-1][column] >= max(row[column] for row in history)]
         self._save(trainer, *best, LAST)
 

@@ -29,10 +29,10 @@ class TrainingModule(LightningModule):
     recipe: the `recipe` block of a run's config. batch_size: global. identity: what a checkpoint must agree with,
     beside epochs, batch size, steps and seed. `requests`: what the ranks exchange in a step beside gradients and
     statistics. metric: the figure by which the best epoch is chosen, the larger the better; the columns `val_METRIC`
-    and `ema_METRIC` of `history` have it. nesterov: SGD's form of momentum.
+    and `ema_METRIC` of `history` have it; None: no epoch is better than another. nesterov: SGD's form of momentum.
     """
 
-    metric: ClassVar[str]
+    metric: ClassVar[str | None]
     nesterov: ClassVar[bool]
     requests: Requests | None = None
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repghost.command_line import CONF
 from repghost.dataset import DataModule
+from repghost.distillation.teaching import open_teaching
 from repghost.errors import print_rank_zero
 from repghost.model import RepGhostNet, count_macs, count_parameters
 from repghost.reference import Row, reference_curve
@@ -22,7 +23,7 @@ from repghost.training.schedule import linear_scale
 from repghost.training.trainer import compiles, keep_compiled
 from repghost.weights import start_from
 
-_SET_BY_RECIPES = ("epochs", "batch_size", "image_size")  # beside the block `recipe`
+_SET_BY_RECIPES = ("epochs", "batch_size", "image_size", "train_image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
 
 
@@ -37,11 +38,19 @@ def prepare(config: DictConfig, trainer: pl.Trainer, data: Any) -> tuple[Trainin
     data.augment.match_step(trainer.strategy.root_device, trainer.precision, config.channels_last)
     if compiles(config.compile, trainer.strategy.root_device):
         keep_compiled(Path(config.data.cache) / "compiled")
-        print_rank_zero("compile    the first batches take a minute or two, in which the step is compiled, once")
+        often = "once for each size of the images" if len(data.sizes.all()) > 1 else "once"
+        print_rank_zero(f"compile    the first batches take a minute or two, in which the step is compiled, {often}")
         data.augment.compile()
-    classifier = instantiate(config.classifier)(model, config.recipe, steps_per_epoch=data.steps_per_epoch)
+    teaching = open_teaching(config, data, trainer.strategy.root_device)
+    classifier = instantiate(config.classifier)(
+        model, config.recipe, steps_per_epoch=data.steps_per_epoch, teaching=teaching
+    )
     official = reference_curve(config.width, config.epochs, data.counts)
     describe(config, CONF / "recipe" / "paper.yaml", trainer, data, model, official is not None)
+    if len(sizes := data.sizes.all()) > 1:
+        print_rank_zero(f"images     grow: {', '.join(map(str, sizes))} pixels")
+    if teaching:
+        print_rank_zero(f"teacher    {teaching}")
     return classifier, official
 
 

@@ -125,7 +125,8 @@ class RankAverage:
             requests.put(self._request)
         dist.all_reduce(self._flat)
         self._all_averages.div_(self._ranks)
-        copy_all(self._buffers, self._averages)
+        if self._buffers:
+            copy_all(self._buffers, self._averages)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         if requests is not None:
