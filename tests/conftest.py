@@ -3,8 +3,11 @@
 Nothing that takes long to import is, before a fixture needs it: the process that hands the tests out needs nothing.
 """
 
+import contextlib
 import gc
 import logging
+import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -175,9 +178,22 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks of a run are copies of this process instead of new ones, which would import everything first."""
+    """The ranks of a run are copies of this process instead of new ones, which would import everything first.
+
+    New ones all the same where another test has started autograd's threads, after which no copy could train.
+    """
+    import torch
     from torch.distributed.launcher.api import LaunchConfig
 
+    def step() -> None:
+        torch.ones(1, requires_grad=True).backward()
+
+    copy = multiprocessing.get_context("fork").Process(target=step)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
+        copy.start()
+    copy.join()
+    if copy.exitcode:
+        return
     monkeypatch.setattr("repghost.processes.LaunchConfig", partial(LaunchConfig, start_method="fork"))
 
 

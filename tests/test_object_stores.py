@@ -242,8 +242,10 @@ def started(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pyte
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # or it looks for credentials on the network
         patch.setenv("NO_GCE_CHECK", "true")
         patch.setenv("NO_PROXY", "127.0.0.1")
-        # The server would log to what stderr was at its first request, which pytest has closed by the second.
-        patch.setattr(logging.getLogger("werkzeug"), "disabled", True)
+        # The server would log to what stderr was at its first request, which pytest has closed by the second; and the
+        # hub's client to what stdout was in an earlier test, where Hydra has set up logging for all libraries.
+        for library in ("werkzeug", "httpx2", "httpx"):
+            patch.setattr(logging.getLogger(library), "disabled", True)
         patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # the hub's waits
         store = STORES[request.param](shards)
         yield store
