@@ -10,6 +10,7 @@ usage: repghost COMMAND ARGUMENTS...       (repghost COMMAND --help lists the ar
 In a checkout, with the extra train; sweep adds Optuna and SLURM to `train.py -m`:
 
   python train.py                trains a network
+  python -m repghost.teach       stores a teacher's logits for trainings
   python evaluate.py             evaluates a run, published weights or an exported file
   python -m data.write_shards    writes images as a data set for both
 
