@@ -31,7 +31,7 @@ class Distillation:
 
         logits, teacher: floats [N, C], of the teacher up to a constant for each row; labels: int64 [N].
         """
-        logits, teacher = _full_precision(logits), _full_precision(teacher)
+        logits, teacher = full_precision(logits), full_precision(teacher)
         if self.loss == "hard":
             each = F.cross_entropy(logits, teacher.argmax(dim=1), reduction="none")
         else:
@@ -53,5 +53,6 @@ def dense(logits: TeacherLogits, num_classes: int) -> Tensor:
     return filled.scatter(1, logits.classes, values)
 
 
-def _full_precision(logits: Tensor) -> Tensor:
+def full_precision(logits: Tensor) -> Tensor:
+    """float32 for the halves; wider types stay."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

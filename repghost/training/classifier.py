@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from repghost.dataset import Batch, Mixture, TeacherLogits
-from repghost.distillation.loss import dense
+from repghost.distillation.loss import dense, full_precision
 from repghost.distillation.teaching import Teaching
 from repghost.metrics import score_sums, scores
 from repghost.model import RepGhostNet
@@ -146,7 +146,7 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, mix
     over all classes (Szegedy et al., arXiv 1512.00567, section 7). mixture: what was mixed into the images, whose
     labels then share the first part of the target.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = full_precision(logits)
     options: dict[str, Any] = {"ignore_index": -1, "label_smoothing": smoothing}
     if mixture is None:
         total = F.cross_entropy(logits, labels, reduction="sum", **options)
