@@ -17,8 +17,9 @@ ran. float32 is float32: TensorFloat-32 is off.
 
 Backends: `eager` is torch as it is, in inference mode; each network runs in the memory format in which it was faster
 just before (the column says which), and timm's reparameterized RepGhostNet contiguous too, as timm gives it. `compiled`
-is torch.compile in the format that was faster in eager mode. `onnxruntime` runs what `repghost.export` writes of the
-fused network, and of others what torch's exporter writes. `executorch` is a program for XNNPACK. Weights are random:
+is torch.compile in the format that was faster in eager mode. `onnxruntime`, `executorch`, `openvino` and `litert` run
+what `repghost.export` writes of the fused network, and of others what the same exporter writes of them as they are;
+"onnxruntime int8" and so on its INT8, of fused networks only. Weights are random:
 latency does not depend on them. Peers are in timm's form, reparameterized where timm can: in `eager` they and timm's
 RepGhostNet keep BatchNorm, the other backends can fold it. Their accuracies are published. Check: `pytest
 tests/test_latency.py`.
@@ -43,12 +44,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import described, kernels_of_training, machine
 from benchmarks.latency_calls import (
     FORMS,
+    INT8,
     PACKAGES,
     Exports,
     cannot_run,
     detectors,
     networks,
     prepare,
+    quantizable,
     set_threads,
     take_turns,
 )
@@ -93,7 +96,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if unknown := [name for name in chosen if name not in others]:
         raise UserError(f"--peers {unknown[0]} is not one of {', '.join(others)}")
     widths = WIDTHS if options.widths == ["all"] else [_width(text) for text in options.widths]
-    backends = [b for b in options.backends if importlib.util.find_spec(PACKAGES[b])]
+    backends = [b for b in options.backends if importlib.util.find_spec(PACKAGES[b].replace("-", "_"))]
     if missing := set(options.backends) - set(backends):
         print(f"not installed, left out: {', '.join(sorted(missing))}")
     device = torch.device(options.device)
@@ -125,7 +128,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             set_threads(threads, backends)
             for batch in options.batches:
                 images = torch.randn(batch, 3, options.image_size, options.image_size, device=device)
-                prepared = [prepare(n, b, images, threads, exports, fastest) for n in made for b in backends]
+                pairs = [(n, b) for n in made for b in backends if not b.endswith(INT8) or quantizable(n)]
+                prepared = [prepare(n, b, images, threads, exports, fastest) for n, b in pairs]
                 candidates = list(chain.from_iterable(prepared))
                 take_turns(candidates, options.repetitions, options.seconds, rng)
                 setting = {

@@ -5,10 +5,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from benchmarks.common import ROOT
 from repghost import RepGhostNet, reparameterize, repghostnet
 from repghost.errors import UserError
-from repghost.export.formats import OLDEST_OPSET, Deployable, Deployment, write_executorch, write_onnx
+from repghost.export.deployable import Deployable, Deployment
+from repghost.export.equalization import equalize
+from repghost.export.formats import executorch, litert, onnx, openvino
+from repghost.export.options import OLDEST_OPSET
 from repghost.export.runtimes import quiet
 from repghost.images import Preprocessing
 from repghost.reference import peers
@@ -28,7 +32,15 @@ from repghost.reference import peers
 TRAINING, TIMM, FUSED = "training", "timm_reparameterized", "fused"
 FORMS = (TRAINING, TIMM, FUSED)
 TORCH = ("eager", "compiled")  # the backends that know memory formats
-PACKAGES = {"eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch"}
+# The backends that run exported files, and their formats.
+RUNTIMES: dict[str, Any] = {"onnxruntime": onnx, "executorch": executorch, "openvino": openvino, "litert": litert}
+ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml", litert: ".tflite"}
+INT8 = " int8"  # after the name of a backend
+PACKAGES = {
+    "eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch",
+    "openvino": "openvino", "litert": "ai-edge-litert",
+}  # fmt: skip
+PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES}
 CONTIGUOUS = "contiguous"
 MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_ROUNDS = 3  # however long they take
@@ -114,43 +126,53 @@ class Exports:
     def __init__(self, folder: Path, image_size: int) -> None:
         self._folder, self._image_size = folder, image_size
 
-    def onnx(self, network: Network) -> Path:
-        """For batches of any size."""
-        path = self._folder / f"{network.model}-{network.form}.onnx"
+    def of(self, network: Network, backend: str, batch: int) -> Path:
+        """The file for a backend; ONNX and OpenVINO take batches of any size."""
+        name, int8 = backend.removesuffix(INT8), backend.endswith(INT8)
+        form, free = RUNTIMES[name], name in ("onnxruntime", "openvino")
+        path = self._folder / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{ENDINGS[form]}"
         if not path.exists():
+            deployment = Deployment(Preprocessing(self._image_size), None if free else batch)
             with quiet():
-                if isinstance(network.module, RepGhostNet) and network.form == FUSED:
-                    deployment = Deployment(Preprocessing(self._image_size), batch=None)
-                    write_onnx(Deployable.of(network.module, deployment), deployment, path, OLDEST_OPSET, {})
+                if quantizable(network):
+                    self._write(cast(RepGhostNet, network.module), form, deployment, path, int8)
                 else:
-                    free = ({0: torch.export.Dim("batch", min=1, max=2**16)},)
-                    example = (torch.zeros(2, 3, self._image_size, self._image_size),)
-                    torch.onnx.export(
-                        network.module,
-                        example,
-                        path,
-                        dynamo=True,
-                        verbose=False,
-                        external_data=False,
-                        opset_version=OLDEST_OPSET,
-                        dynamic_shapes=free,
-                    )
+                    self._write_as_it_is(network.module, form, deployment, path)
         return path
 
-    def executorch(self, network: Network, batch: int) -> Path:
-        path = self._folder / f"{network.model}-{network.form}-{batch}.pte"
-        if not path.exists():
-            with quiet():
-                example = (torch.zeros(batch, 3, self._image_size, self._image_size),)
-                write_executorch(torch.export.export(network.module, example), path, {})
-        return path
+    def _write(self, network: RepGhostNet, form: Any, deployment: Deployment, path: Path, int8: bool) -> None:
+        """As `repghost.export` does it; ranges are those of noise, which the latency does not depend on."""
+        noise = [torch.randn(deployment.batch or 1, 3, self._image_size, self._image_size) for _ in range(2)]
+        module = Deployable.of(equalize(network, noise) if int8 else network, deployment)
+        form.write(module, deployment, path, {}, calibration=noise if int8 else ())
+
+    def _write_as_it_is(self, module: nn.Module, form: Any, deployment: Deployment, path: Path) -> None:
+        example = (torch.zeros(deployment.batch or 2, 3, self._image_size, self._image_size),)
+        if form is not onnx:
+            form.write(module, deployment, path, {})
+            return
+        torch.onnx.export(
+            module,
+            example,
+            path,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            opset_version=OLDEST_OPSET,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
+        )
+
+
+def quantizable(network: Network) -> bool:
+    """Whether `repghost.export` writes an INT8 form of it."""
+    return network.form == FUSED and isinstance(network.module, RepGhostNet)
 
 
 def cannot_run(backend: str, device: torch.device) -> str | None:
     """Why a backend that is installed does not run on a device, None where it does."""
-    if backend == "executorch" and device.type == "cuda":
+    if backend.removesuffix(INT8) in ("executorch", "openvino", "litert") and device.type == "cuda":
         return "its programs are for the CPU"
-    if backend == "onnxruntime":
+    if backend.removesuffix(INT8) == "onnxruntime":
         import onnxruntime
 
         if (provider := PROVIDERS[device.type]) not in onnxruntime.get_available_providers():
@@ -163,10 +185,14 @@ def prepare(
 ) -> list[Candidate]:
     """The network in the backend, warmed up. fastest: the memory formats found so far, by network and setting."""
     batch = len(images)
-    if backend == "onnxruntime":
-        calls = {CONTIGUOUS: _onnxruntime_call(exports.onnx(network), images, threads)}
-    elif backend == "executorch":
-        calls = {CONTIGUOUS: _executorch_call(exports.executorch(network, batch), images)}
+    runtime = backend.removesuffix(INT8)
+    if runtime == "onnxruntime":
+        calls = {CONTIGUOUS: _onnxruntime_call(exports.of(network, backend, batch), images, threads)}
+    elif runtime == "executorch":
+        calls = {CONTIGUOUS: _executorch_call(exports.of(network, backend, batch), images)}
+    elif runtime in RUNTIMES:
+        model = RUNTIMES[runtime].open_model(exports.of(network, backend, batch))
+        calls = {CONTIGUOUS: partial(model, images)}
     else:
         key = (network.model, network.form, threads, batch)
         if key not in fastest:
@@ -246,7 +272,7 @@ def _faster(calls: dict[str, Call]) -> str:
 def set_threads(threads: int, backends: Sequence[str]) -> None:
     """Threads of torch and of XNNPACK; onnxruntime takes them with the session."""
     torch.set_num_threads(threads)
-    if "executorch" in backends:
+    if any(backend.startswith("executorch") for backend in backends):
         with quiet():
             from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 

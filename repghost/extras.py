@@ -14,7 +14,12 @@ EXTRAS = {
     "remote": ("s3fs", "gcsfs"),
     "distill": ("timm",),
     "sweep": ("hydra_plugins", "optuna", "submitit"),
-    "deploy": ("onnx", "onnxruntime", "onnxscript", "executorch", "torchao", "coremltools"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "executorch": ("executorch", "torchao"),
+    "openvino": ("openvino", "nncf"),
+    "coreml": ("coremltools",),
+    "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "flatbuffers"),
+    "tensorrt": ("tensorrt",),
 }  # fmt: skip
 
 

@@ -10,14 +10,12 @@ Check: `pytest tests/test_images.py tests/test_predict.py`.
 import errno
 import io
 import os
-import tarfile
 import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from string import punctuation
 from typing import TYPE_CHECKING
@@ -157,8 +155,12 @@ def _download(url: str) -> bytes:
 
     threading.Thread(target=read, daemon=True).start()
     if not wait([answered], URL_SECONDS).done:
-        raise TimeoutError(errno.ETIMEDOUT, f"not read within {URL_SECONDS} s", url)
+        raise _too_late(url)
     return answered.result()
+
+
+def _too_late(url: str) -> TimeoutError:
+    return TimeoutError(errno.ETIMEDOUT, f"not read within {URL_SECONDS} s", url)
 
 
 def _read_url(url: str) -> bytes:
@@ -166,10 +168,12 @@ def _read_url(url: str) -> bytes:
     # Umlauts and spaces are sent as browsers do. Some servers refuse clients without a name.
     request = Request(quote(url, safe=punctuation), headers={"User-Agent": "repghost"})
     with urlopen(request, timeout=TIMEOUT) as answer:
-        while (piece := answer.read1(2**16)) and time.monotonic() < end:
+        while piece := answer.read1(2**16):
             content += piece
             if len(content) > URL_BYTES:
                 raise OSError(errno.EINVAL, f"larger than {URL_BYTES / 1e6:,.0f} MB", url)
+            if time.monotonic() > end:  # what was read is not all of it
+                raise _too_late(url)
     return bytes(content)
 
 
@@ -233,58 +237,3 @@ def _check_range(image: Image.Image) -> None:
     # Of 12 bits, or with 0 as white (TIFF 6.0, pages 29 and 37), which PIL gives as if they were not.
     if image.mode.startswith("I;16") and tags and (tags.get(258) != (16,) or tags.get(262) != 1):
         raise DecodeError("a TIFF of 12 bits or with 0 as white: save it with 8 or 16 bits a channel and 0 as black")
-
-
-# --- images for an export -------------------------------------------------------------------------
-
-
-def calibration_images(source: Path, count: int) -> list[Image.Image]:
-    """Up to `count` images, in RGB, from a folder or from one tar file (a shard).
-
-    Those of a folder are spread evenly over all of it, because it is sorted by class; those of a shard are its first,
-    because shards are shuffled. Raises UserError for a source without images, and for an image that cannot be read.
-    """
-    if not source.is_dir() and not source.is_file():  # a pipe would be waited for
-        raise UserError(f"{source}: no such folder or shard")
-    images = []
-    for name, content in islice(_contents(source, count), count):
-        try:
-            images.append(decode(content))
-        except DecodeError as error:
-            raise UserError(f"{printable(name)}: cannot be read as an image ({error})") from None
-    if not images:
-        raise UserError(f"{source}: no images in it; give a folder of images or a shard, which is a tar file")
-    return images
-
-
-def _contents(source: Path, count: int) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of `count` images of a folder, or of all images of a shard."""
-    if source.is_dir():
-        files = list(image_files([source]))
-        for i in np.linspace(0, len(files) - 1, min(count, len(files))).astype(int):
-            yield files[i], read_file(files[i], FILE_BYTES)
-        return
-    try:
-        with tarfile.open(source, "r|*") as tar:
-            for member in tar:
-                if member.isfile() and is_image(member.name) and (file := tar.extractfile(member)):
-                    if member.size > FILE_BYTES:
-                        raise UserError(f"{source}: {printable(member.name)}: larger than {FILE_BYTES / 1e6:,.0f} MB")
-                    yield f"{source}: {member.name}", file.read()
-    except tarfile.TarError as error:
-        raise UserError(f"{source}: not a shard, which is a tar file ({error})") from None
-
-
-def sample_images(count: int) -> list[Image.Image]:
-    """`count` different crops of scikit-learn's two photographs, in RGB. Raises UserError where it is not installed."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        raise UserError("no images to check the export with: give check=FOLDER or check=SHARD.tar") from None
-    photographs, rng, crops = load_sample_images().images, np.random.default_rng(0), []
-    for i in range(count):
-        pixels = photographs[i % len(photographs)]
-        height, width = (int(rng.integers(length // 3, length + 1)) for length in pixels.shape[:2])
-        top, left = (int(rng.integers(0, pixels.shape[axis] - side + 1)) for axis, side in enumerate((height, width)))
-        crops.append(Image.fromarray(pixels[top : top + height, left : left + width]))
-    return crops

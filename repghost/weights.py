@@ -28,6 +28,8 @@ from repghost.export.runtimes import EXPORTED, open_file
 from repghost.files import atomic_write
 from repghost.model import RepGhostNet
 from repghost.reference import IMAGENET_MEAN, IMAGENET_STD, synsets, timm_name
+from repghost.reparameterization import reparameterize
+from repghost.rounding import round_layers
 from repghost.state_dict import StateDict, fitted, form_of, network_of, unwrapped, width_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -110,6 +112,18 @@ def start_from(model: RepGhostNet, source: str) -> None:
     for name, tensor in model.state_dict().items():
         weights[name] = tensor if name.startswith("classifier.") else weights[name]
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
+
+
+def to_quantize(source: str, width: float, num_classes: int) -> RepGhostNet:
+    """The fused network of `source` for a quantization-aware training: every layer of it is rounded in training mode.
+
+    Raises UserError for weights of another width or number of classes.
+    """
+    model = reparameterize(load_model(source, width))
+    if (found := model.classifier.out_features) != num_classes:
+        raise UserError(f"weights={source}: of {found} classes, but the data has {num_classes}")
+    round_layers(model)
+    return model.requires_grad_(True).train()
 
 
 def save_weights(model: nn.Module, path: str | Path, description: Description | None = None) -> None:

@@ -75,7 +75,7 @@ def test_a_command_ends_with_its_own_exit_code(tmp_path: Path) -> None:
 
 
 # Distributions that come with others that pyproject.toml names.
-PART_OF = {"aiohttp", "lightning-utilities", "pydantic-core", "pytorch-lightning"}
+PART_OF = {"aiohttp", "flatbuffers", "lightning-utilities", "pydantic-core", "pytorch-lightning"}
 
 
 def requirements(extra: str) -> set[str]:
@@ -87,7 +87,7 @@ def requirements(extra: str) -> set[str]:
 
 def test_the_extras_are_those_of_pyproject() -> None:
     """As far as they are installed."""
-    assert {extra for extra in EXTRAS if extra} == PROJECT["optional-dependencies"].keys() - {"dev"}
+    assert {extra for extra in EXTRAS if extra} == PROJECT["optional-dependencies"].keys() - {"dev", "deploy"}
     distributions = packages_distributions()
     for extra, modules in EXTRAS.items():
         wanted = requirements(extra) | PART_OF
@@ -107,7 +107,7 @@ def test_every_import_is_of_something_that_an_extra_has() -> None:
     [
         ("hydra", "hydra is not installed: pip install '.[train]'"),
         ("hydra_plugins.hydra_optuna_sweeper", "hydra_plugins is not installed: pip install '.[sweep]'"),
-        ("onnxruntime.quantization", "onnxruntime is not installed: pip install '.[deploy]'"),
+        ("onnxruntime.quantization", "onnxruntime is not installed: pip install '.[onnx]'"),
         ("omegaconf", "omegaconf is not installed: pip install '.'"),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_dependencies_without_extras_are_enough_to_predict(train_tiny: objec
     done = call("predict", "red.jpg", "run=outputs/x", hidden=optional)
     assert done.returncode == 0, done.stderr
     done = call("export", "run=outputs/x", "format=onnx", hidden=optional)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "[deploy]" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "[onnx]" in done.stderr
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from repghost.detection.run import load_detector
 from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export import detector as export_detector
-from repghost.images import sample_images
+from repghost.export.photographs import sample_photographs
 from repghost.predict import __main__ as predict
 from repghost.weights import load_model, save_weights
 
@@ -61,7 +61,7 @@ def spread(model: Any) -> None:
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number, image in enumerate(sample_images(2)):
+    for number, image in enumerate(photograph.image for photograph in sample_photographs(2)):
         image.thumbnail((160, 160))
         image.save(folder / f"{number}.png")
     (folder / "broken.jpg").write_bytes(b"no image")

@@ -26,10 +26,11 @@ from repghost import reparameterize, repghostnet
 from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export import check as export_check
-from repghost.export.formats import Preprocess
+from repghost.export.deployable import Preprocess
 from repghost.export.options import FORMATS as ALL_FORMATS
-from repghost.export.runtimes import open_exported, open_torchscript
-from repghost.images import Preprocessing, sample_images
+from repghost.export.photographs import sample_photographs
+from repghost.export.runtimes import open_as, open_exported
+from repghost.images import Preprocessing
 from repghost.model import WIDTHS
 from repghost.reference import timm_name
 from repghost.weights import load_model, save_weights
@@ -94,7 +95,7 @@ def test_onnx_preprocesses_as_torchvision(half: Any) -> None:
     assert_nothing_is_left_to_fold(Path("model.onnx"))
     session = InferenceSession("model.onnx")
     transform = Preprocessing(64).transform()
-    for image in sample_images(12):
+    for image, _ in sample_photographs(12):
         expected = half(transform(image)[None]).softmax(1).numpy()
         found = session.run(["probabilities"], {"image": pixels(image)})[0]
         assert np.abs(found - expected).max() < 2e-3
@@ -103,7 +104,7 @@ def test_onnx_preprocesses_as_torchvision(half: Any) -> None:
 
 @pytest.mark.parametrize("size", [(97, 130), (64, 64), (75, 73), (40, 31), (401, 223), (1, 9)])
 def test_preprocessing_is_torchvisions_to_one_level(size: tuple[int, int]) -> None:
-    photo = sample_images(2)[1].resize(size[::-1])
+    photo = sample_photographs(2)[1].image.resize(size[::-1])
     tensor = torch.from_numpy(pixels(photo).copy())
     one, other = (Preprocess(Preprocessing(64), fixed)(tensor) for fixed in (None, size))
     assert torch.equal(one, other)
@@ -128,10 +129,10 @@ def test_safetensors_are_the_fused_weights_of_a_run(train_tiny: Program) -> None
 def test_the_preprocessing_of_a_run_goes_into_the_file(tmp_path: Path) -> None:
     mean, std = (0.1, 0.5, 0.9), (0.5, 0.25, 0.75)
     model = make_run(tmp_path, mean=list(mean), std=list(std))
-    photograph = sample_images(1)[0]
+    photograph = sample_photographs(1)[0].image
     size = f"input_size={photograph.height}x{photograph.width}"
     assert command(f"run={tmp_path}", "format=torchscript", "preprocess=true", size) == 0
-    deployed = open_torchscript(tmp_path / "fused.pt")
+    deployed = open_as("torchscript", tmp_path / "fused.pt")
     expected = model(Preprocessing(32, 1.0, mean, std).transform()(photograph)[None]).numpy()
     found = deployed(torch.tensor(pixels(photograph))).numpy()
     other = model(Preprocessing(32, 1.0).transform()(photograph)[None]).numpy()
@@ -182,6 +183,7 @@ def test_mistakes_end_in_one_line(half: Any, argument: str, said: str, capsys: p
     ("arguments", "said"),
     [
         (("format=executorch", "batch=dynamic"), "plans its memory"),
+        (("format=openvino", "image_size=64", "int8=true", "calibration=."), "processors with AMX"),
         (("format=executorch", "preprocess=true"), "input_size=HEIGHTxWIDTH"),
         (("format=torchscript", "input_size=9by9"), "such as 480x640"),
         (("format=safetensors", "opset=18"), "does not read"),
@@ -210,7 +212,7 @@ def test_an_export_that_differs_from_torch_is_not_written(
 def test_a_missing_package_names_the_extra(half: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert exported("format=onnx") == 2
-    assert "onnxscript is not installed: pip install '.[deploy]'" in capsys.readouterr().err
+    assert "onnxscript is not installed: pip install '.[onnx]'" in capsys.readouterr().err
     monkeypatch.setitem(ALL_FORMATS, "onnx", ALL_FORMATS["onnx"]._replace(packages=("onnx_of_tomorrow",)))
     assert exported("format=onnx") == 2
     assert "onnx_of_tomorrow cannot be imported" in capsys.readouterr().err

@@ -26,8 +26,9 @@ from data.write_shards.folder import list_folder
 from data.write_shards.write import write_shards
 from repghost import files, images
 from repghost.errors import UserError, printable
+from repghost.export.photographs import read_photographs
 from repghost.files import locked, read_class_names, read_file
-from repghost.images import DecodeError, calibration_images, decode, image_files, read_image, walk_files
+from repghost.images import DecodeError, decode, image_files, read_image, walk_files
 
 # --- the same picture everywhere ----------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ def test_what_is_no_image_for_one_is_none_for_anybody(case: str, tmp_path: Path)
             write_shards(list_folder(root, "train"), tmp_path / "out", workers=1, quiet=True, resize=resize)
         (tmp_path / "out").rename(tmp_path / f"out{resize}")
     with pytest.raises(UserError, match=rf"x\.jpg: cannot be read as an image \(.*{message}"):
-        calibration_images(root / "a", 2)
+        read_photographs(root / "a", 2)
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
@@ -203,7 +204,7 @@ def test_what_is_no_file_is_never_waited_for(case: str, tmp_path: Path, monkeypa
         with pytest.raises((OSError, DecodeError)):
             read_image(name)
     with pytest.raises((UserError, OSError)):
-        calibration_images(path, 1)
+        read_photographs(path, 1)
     with pytest.raises(UserError):
         read_class_names(path)
     assert list(image_files([tmp_path])) == ([] if case == "folder" else [str(path)])

@@ -1,8 +1,10 @@
 """INT8 exports keep what can be kept, name the layers that lose most, and take their images from folders and shards."""
 
+import copy
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ import onnx
 import pytest
 import torch
 from helpers import photographs as normalized
+from helpers import randomize_batchnorm
 from images import encoded, make_class_folders, patch
 from test_evaluation import random_network
 
-from repghost import reparameterize
-from repghost.errors import UserError
+from repghost import reparameterize, repghostnet
+from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
-from repghost.export.check import layer_losses, sqnr
-from repghost.images import calibration_images, sample_images
+from repghost.export.equalization import equalize
+from repghost.export.int8 import layer_losses, sqnr
+from repghost.export.photographs import read_photographs, sample_photographs
+from repghost.rounding import round_layers, rounded_input, rounded_weight
+from repghost.weights import load_model
+
+Program = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +34,146 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return reparameterize(random_network(0.5, 10, tmp_path_factory.mktemp("w") / "w.safetensors"))
 
 
-def test_calibration_images_from_a_folder_and_a_shard(tmp_path: Path) -> None:
-    make_class_folders(tmp_path / "folder", per_class=10)
-    found = calibration_images(tmp_path / "folder", 6)
-    assert [image.mode for image in found] == ["RGB"] * 6
-    everything = calibration_images(tmp_path / "folder", 100)
-    assert len(everything) == 30
-    chosen = [next(i for i, one in enumerate(everything) if one.tobytes() == image.tobytes()) for image in found]
-    assert {i // 10 for i in chosen} == {0, 1, 2}, "of all classes"
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for number in range(4):
-            for name, content in ((f"{number}.jpg", encoded(patch(number))), (f"{number}.cls", b"1")):
+def write_shard(folder: Path, count: int = 4) -> Path:
+    """Patches of which the label comes before or after the image, or is missing."""
+    path = folder / "shard.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            members = [(f"{number}.jpg", encoded(patch(number))), (f"{number}.cls", b"%d" % (number % 2))]
+            for name, content in reversed(members) if number % 2 else members[: 1 + (number != 2)]:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    assert [image.size for image in calibration_images(tmp_path / "shard.tar", 3)] == [patch(i).size for i in range(3)]
+    return path
 
 
-def test_calibration_images_that_cannot_be_read(tmp_path: Path) -> None:
+def test_photographs_of_a_folder_and_a_shard(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "folder", per_class=10)
+    found = read_photographs(tmp_path / "folder", 6)
+    assert [photograph.image.mode for photograph in found] == ["RGB"] * 6
+    assert len({photograph.class_name for photograph in found}) == 3, "of all classes"
+    assert len(read_photographs(tmp_path / "folder", 100)) == 30
+    shard = write_shard(tmp_path)
+    assert [photograph.image.size for photograph in read_photographs(shard, 3)] == [patch(i).size for i in range(3)]
+    assert [photograph.class_name for photograph in read_photographs(shard, 9)] == [None] * 4, "nothing names them"
+    (tmp_path / "manifest.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    assert [photograph.class_name for photograph in read_photographs(shard, 9)] == ["cat", "dog", None, "dog"]
+
+
+def test_photographs_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"bad\.jpg: cannot be read as an image"):
-        calibration_images(tmp_path, 5)
+        read_photographs(tmp_path, 5)
     with pytest.raises(UserError, match="no such folder or shard"):
-        calibration_images(tmp_path / "none", 5)
+        read_photographs(tmp_path / "none", 5)
 
 
-def test_sample_images_are_distinct() -> None:
-    assert len({image.tobytes() for image in sample_images(16)}) == 16
+def test_sample_photographs_are_distinct() -> None:
+    assert len({photograph.image.tobytes() for photograph in sample_photographs(16)}) == 16
+
+
+# -- equalization ------------------------------------------------------------------------------------------------------
+
+
+def largest_inputs(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The largest absolute value of every input channel of every layer, by the layer's name."""
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+
+            def look(_: Any, inputs: Any, name: str = name) -> None:
+                found[name] = inputs[0].abs().transpose(0, 1).flatten(1).amax(1)
+
+            layer.register_forward_pre_hook(look)
+    model(images)
+    return found
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+@torch.no_grad()
+def test_equalization_changes_no_bit_and_gives_depthwise_channels_one_range(shortcut: bool) -> None:
+    torch.manual_seed(0)
+    model = repghostnet(0.5, 10, shortcut=shortcut)
+    randomize_batchnorm(model, 0)
+    fused, images = reparameterize(model), normalized(4, 64)
+    state = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    equalized = equalize(fused, [images[:2], images[2:]])
+    assert torch.equal(equalized(images), fused(images))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fused.state_dict().items()), "a copy is changed"
+    before, after = (largest_inputs(copy.deepcopy(model), images) for model in (fused, equalized))
+    for name in before:
+        if "ghost1.cheap_operation" in name or "ghost2.cheap_operation" in name or "conv_dw" in name:
+            seen = before[name] > before[name].max() / 2**14
+            assert after[name][seen].max() < 2.01 * after[name][seen].min(), name
+
+
+@torch.no_grad()
+def test_equalization_undoes_what_makes_a_network_hostile(fused: Any) -> None:
+    """Channels that differ by three orders of magnitude, most of which INT8 with one scale rounds away."""
+    spread, rng = copy.deepcopy(fused), torch.Generator().manual_seed(0)
+    for block in (block for stage in spread.blocks[:-1] for block in stage):
+        writer, reader = block.ghost1.primary_conv[0], block.ghost1.cheap_operation[0]
+        factors = torch.randint(-5, 6, (len(writer.bias),), generator=rng).float().exp2()
+        writer.weight.mul_(factors.view(-1, 1, 1, 1))
+        writer.bias.mul_(factors)
+        reader.weight.div_(factors.view(-1, 1, 1, 1))
+    images = normalized(8, 64)
+    assert torch.equal(spread(images), fused(images))
+
+    def lost(model: Any) -> float:
+        rounded = copy.deepcopy(model)
+        round_layers(rounded)
+        rounded.dropout.p = 0.0
+        return sqnr(fused(images), rounded.train()(images))
+
+    rounded = lost(spread)
+    assert lost(equalize(spread, [images])) > rounded + 3
+
+
+# -- rounding ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_has_256_levels_an_exact_zero_and_the_gradient_of_the_identity() -> None:
+    x = torch.linspace(-0.3, 1.7, 1001).requires_grad_()
+    rounded = rounded_input(x)
+    assert len(rounded.unique()) == 256 and (rounded - x).abs().max() <= 2 / 255 / 2 + 1e-6
+    assert rounded_input(torch.tensor([-0.3, 0.0, 1.7]))[1] == 0
+    rounded.sum().backward()
+    assert torch.equal(x.grad, torch.ones(1001))  # type: ignore[arg-type]
+    weight = torch.tensor([[1.0, -0.5], [100.0, 3.0], [0.0, 0.0]])
+    steps = torch.tensor([[1 / 127], [100 / 127], [1.0]])
+    assert torch.allclose(rounded_weight(weight), (weight / steps).round() * steps)
+
+
+def test_rounded_layers_round_in_training_mode_only(fused: Any) -> None:
+    model, images = copy.deepcopy(fused).requires_grad_(True), normalized(2, 64)
+    model.dropout.p = 0.0
+    round_layers(model)
+    assert {type(layer) for layer in model.modules()} & {torch.nn.Conv2d, torch.nn.Linear} == set()
+    assert model.state_dict().keys() == fused.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), fused(images))
+        assert not torch.equal(model.train()(images), fused(images))
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_quantization_aware_run_is_a_fused_run(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_tiny("name=exact", "epochs=1") == 0
+    arguments = ("recipe=qat", "epochs=1", "name=aware", "recipe.start_learning_rate=5")
+    assert train_tiny(*arguments) == 2
+    assert "give weights=outputs/NAME" in capsys.readouterr().err
+    assert train_tiny(*arguments, "weights=outputs/exact") == 0
+    start, end = (load_model(f"outputs/{name}/model_fused.safetensors") for name in ("exact", "aware"))
+    assert end.fused and type(end.conv_stem) is torch.nn.Conv2d
+    pairs = zip(start.named_parameters(), end.parameters(), strict=True)
+    changed = {name for (name, before), after in pairs if not torch.equal(before, after)}
+    assert changed >= {"conv_stem.weight", "conv_stem.bias", "conv_head.bias", "classifier.weight", "classifier.bias"}
+    make_class_folders(Path("photos"), per_class=2)
+    assert run_command(lambda: export.run(["run=outputs/aware", "format=onnx", "int8=true", "calibration=photos"])) == 0
+
+
+# -- what INT8 loses ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

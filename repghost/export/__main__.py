@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
         from repghost.export.hub import export_hub
 
         out = options.out or options.run / "hub"
-        export_hub(options.run, options.selection or "last", out)
+        export_hub(options, out)
         print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     elif options.of_detector:
         from repghost.export.detector import export_detector

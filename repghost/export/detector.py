@@ -25,9 +25,9 @@ from repghost.detection.run import load_detector
 from repghost.errors import UserError
 from repghost.export.check import TOLERANCE
 from repghost.export.options import FORMATS, Options
+from repghost.export.photographs import read_photographs, sample_photographs
 from repghost.export.runtimes import quiet, require
 from repghost.files import TEMPORARY
-from repghost.images import calibration_images, sample_images
 from repghost.machine import limit_threads
 from repghost.reparameterization import reparameterize
 
@@ -73,9 +73,8 @@ def export_detector(options: Options) -> Path:
     model, classes, _ = load_detector(options.run, selection)
     module = OneImage(reparameterize(model)).eval()
     out = options.out or options.run / f"fused{'' if selection == 'last' else f'_{selection}'}.onnx"
-    images = [
-        to_tensor(i) for i in (calibration_images(options.check, CHECKED) if options.check else sample_images(CHECKED))
-    ]
+    photographs = read_photographs(options.check, CHECKED) if options.check else sample_photographs(CHECKED)
+    images = [to_tensor(photograph.image) for photograph in photographs]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(TEMPORARY, ".", out.parent) as folder:
         written = Path(folder) / out.name

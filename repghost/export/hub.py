@@ -1,15 +1,17 @@
 """A run as a folder for the Hugging Face hub, in timm's format.
 
-    python -m repghost.export run=outputs/NAME format=hub [selection=best_ema] [out=FOLDER]
+    python -m repghost.export run=outputs/NAME format=hub [selection=best_ema] [calibration=SHARD.tar] [out=FOLDER]
 
-The folder holds model.safetensors, config.json and a model card with the recipe, the result and the curve; the hub
-shows the accuracy in the card's metadata. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and after
-the upload (hf upload OWNER/NAME FOLDER) so does "hf-hub:OWNER/NAME". Check: `pytest tests/test_export.py -k hub`.
+The folder holds model.safetensors, config.json, onnx/model.onnx, with calibration images onnx/model_int8.onnx, and a
+model card with the recipe, the result and the curve; the hub shows the accuracy in the card's metadata.
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, and after the upload (hf upload OWNER/NAME FOLDER) so
+does "hf-hub:OWNER/NAME". Check: `pytest tests/test_export.py -k hub`.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from repghost.description import KEY, Description
 from repghost.errors import UserError
+from repghost.export.options import OLDEST_OPSET, Options
+from repghost.export.write import export
 from repghost.files import write_text
 from repghost.model import RepGhostNet
 from repghost.networks import preprocessing_of
@@ -27,11 +31,14 @@ from repghost.run import SELECTIONS, class_names_of, data_name, load_run, read_c
 from repghost.weights import WEIGHTS_FILE, read_description, save_weights
 
 
-def export_hub(directory: Path, selection: str, out: Path) -> None:
-    """Writes the run in `directory` to the folder `out` in timm's format.
+def export_hub(options: Options, out: Path) -> None:
+    """Writes the run that the options name to the folder `out` in timm's format, and in ONNX to `out`/onnx.
 
-    Raises UserError for a run that is not evaluated and for a width that timm has no architecture of.
+    In INT8, too, where the options have images for it. Raises UserError for a run that is not evaluated and for a width
+    that timm has no architecture of.
     """
+    assert options.run is not None
+    directory, selection = options.run, options.selection or "last"
     config = read_config(directory)
     evaluation = _evaluation(directory, selection)
     model, _ = load_run(directory, selection)
@@ -44,6 +51,10 @@ def export_hub(directory: Path, selection: str, out: Path) -> None:
         shutil.copyfile(curve, out / curve.name)
         card += f"\n![accuracy, loss and learning rate over the epochs]({curve.name})\n"
     write_text(out / "README.md", card)
+    onnx = replace(options, format="onnx", opset=OLDEST_OPSET)
+    export(replace(onnx, out=out / "onnx" / "model.onnx", int8=False, calibration=None))
+    if options.calibration is not None:
+        export(replace(onnx, out=out / "onnx" / "model_int8.onnx", int8=True))
 
 
 def _evaluation(directory: Path, selection: str) -> dict[str, Any]:

@@ -27,24 +27,33 @@ _HUB = {"run", "selection", "format", "out"}
 _WEIGHTS = _HUB | {"weights", "width", "image_size", "crop_fraction", "check"}
 _NETWORK = _WEIGHTS | {"batch", "dtype", "softmax", "preprocess"}
 _DETECTOR = _HUB | {"opset", "check"}
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
 _INT8 = {"int8", "calibration", "calibration_images"}
 
 
 class Format(NamedTuple):
-    """A format: how its files end, which keys it reads, and what has to be installed, in the order of asking."""
+    """A format: how its files end, which keys it reads, and what has to be installed, in the order of asking.
+
+    beside: endings of further files with the same name.
+    """
 
     ending: str
     keys: set[str]
     packages: tuple[str, ...] = ()
+    int8_packages: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "onnx": Format(".onnx", _NETWORK | _INT8 | {"opset"}, ("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Format(".onnx", _NETWORK | _INT8 | {"opset"}, _ONNX),
     "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, ("executorch.exir", "torchao")),
+    "openvino": Format(".xml", _NETWORK | _INT8 | {"input_size"}, ("openvino",), ("nncf",), (".bin",)),
+    "litert": Format(".tflite", _NETWORK | _INT8 | {"input_size"}, ("litert_torch",), ("ai_edge_quantizer",)),
+    "tensorrt": Format(".engine", _NETWORK | _INT8, (*_ONNX, "tensorrt"), (), (".json",)),
     "torchscript": Format(".pt", _NETWORK | {"input_size"}),
     "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",)),
     "safetensors": Format(".safetensors", _WEIGHTS),
-    "hub": Format("", _HUB),
+    "hub": Format("", _HUB | {"calibration", "calibration_images"}, _ONNX),
 }
 
 
@@ -63,7 +72,7 @@ class Options(NetworkOptions):
 
     format: str = option("what is written", one_of(*FORMATS), "")
     out: Path | None = option("the file or folder, by default in the run's folder, or here", PATH)
-    batch: int | None = option("images of a call, by default 1 for executorch and coreml, else dynamic", BATCH)
+    batch: int | None = option("images of a call, by default dynamic, 1 where a format has to know it", BATCH)
     dtype: str = option("of the network's weights and activations", one_of("float32", "float16"), "float32")
     softmax: bool = option("whether probabilities come out instead of logits", SWITCH, False)
     opset: int = option("of ONNX", WHOLE, OLDEST_OPSET)
@@ -102,8 +111,8 @@ def read_options(arguments: Sequence[str]) -> Options:
     if form not in ("onnx", "safetensors") and options.preprocess != (options.input_size is not None):
         what = f"a {form} file takes photographs of one size"
         raise UserError(f"preprocess=true and input_size=HEIGHTxWIDTH go together: {what}")
-    if options.batch == 0 and form == "executorch":
-        raise UserError("batch=dynamic: ExecuTorch plans its memory in advance; give the number, batch=1")
+    if options.batch == 0 and form in ("executorch", "litert"):
+        raise UserError(f"batch=dynamic: {form} plans its memory in advance; give the number, batch=1")
     if options.out is not None and options.out.suffix != FORMATS[form].ending:
         raise UserError(f"out={options.out}: the name of a {form} file ends in {FORMATS[form].ending}")
     return options

@@ -1,8 +1,8 @@
-"""An exported file, run by its own runtime: ONNX by onnxruntime, ExecuTorch by its own, TorchScript by torch.
+"""An exported file, run by its own runtime (see `repghost.export.formats`), in the place of a network.
 
-It takes the place of a network: images in, logits out, on the CPU. `python evaluate.py weights=model.onnx
-data.root=SHARDS` (or model.pte) evaluates it like any weights, so that accuracy before and after can be compared;
-`python -m repghost.predict` takes it as well. Check: `pytest tests/test_export.py`.
+Images in, logits out. `python evaluate.py weights=model.onnx data.root=SHARDS` evaluates it like any weights, so that
+accuracy before and after can be compared; `python -m repghost.predict` takes it as well. Check: `pytest
+tests/test_export.py tests/test_runtimes.py`.
 """
 
 import io
@@ -16,7 +16,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from repghost.description import KEY, Description, described_beside
 from repghost.errors import UserError, first_sentence
 from repghost.extras import how_to_install
 
-EXPORTED = (".onnx", ".pte")  # endings of the files that can be evaluated and predict
+# Endings of the files that can be evaluated and predict, and their formats.
+EXPORTED = {
+    ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino", ".tflite": "litert", ".engine": "tensorrt",
+}  # fmt: skip
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -34,7 +37,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 # What an exported file says of itself beside its description, and how that is read: see
-# `repghost.export.formats.metadata_of`.
+# `repghost.export.deployable.metadata_of`.
 METADATA: dict[str, Callable[[Any], Any]] = {
     "width": float, "num_classes": int, "image_size": int, "batch": int, "preprocess": int, "softmax": int,
     "precision": str, "crop_fraction": float, "mean": _numbers, "std": _numbers,
@@ -60,42 +63,15 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         batch, outputs = int(self.metadata.get("batch", 0)) or len(images), []
         for chunk in images.cpu().contiguous().split(batch):
-            padding = (0, 0, 0, 0, 0, 0, 0, batch - len(chunk))
-            outputs.append(self._call(F.pad(chunk, padding))[: len(chunk)])
+            missing = batch - len(chunk)
+            filled = F.pad(chunk, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else chunk
+            outputs.append(self._call(filled)[: len(chunk)])
         return torch.cat(outputs).to(images.device)
 
 
-def open_onnx(path: str | Path) -> ExportedModel:
-    """An ONNX file in onnxruntime, on the CPU."""
-    session = require("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def call(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return ExportedModel(call, session.get_modelmeta().custom_metadata_map)
-
-
-def open_executorch(path: str | Path) -> ExportedModel:
-    """An ExecuTorch program in ExecuTorch's own runtime."""
-    runtime = require("executorch.runtime")
-    with quiet():
-        program = runtime.Runtime.get().load_program(str(path))
-        method = program.load_method("forward")
-        names = {*METADATA, KEY} & program.method_names
-        metadata = {name: program.load_method(name).execute([])[0] for name in names}
-
-    def call(images: Tensor) -> Tensor:
-        with quiet():
-            return method.execute([images])[0].clone()  # the next call writes to the same memory
-
-    return ExportedModel(call, metadata)
-
-
-def open_torchscript(path: str | Path) -> ExportedModel:
-    """A TorchScript file in torch."""
-    with quiet():
-        return ExportedModel(torch.jit.load(str(path)))
+def open_as(form: str, path: Path) -> ExportedModel:
+    """A file in the format `form`, one of `repghost.export.formats`, in its own runtime."""
+    return import_module(f"repghost.export.formats.{form}").open_model(path)
 
 
 def is_exported(weights: Any) -> bool:
@@ -104,7 +80,7 @@ def is_exported(weights: Any) -> bool:
 
 
 def open_file(path: str | Path) -> ExportedModel:
-    """An exported file (.onnx, .pte) with its metadata in their types, and its description.
+    """An exported file (one of EXPORTED) with its metadata in their types, and its description.
 
     Raises UserError for a file that is not one of `repghost.export`.
     """
@@ -112,7 +88,7 @@ def open_file(path: str | Path) -> ExportedModel:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        model = open_onnx(path) if path.suffix == ".onnx" else open_executorch(path)
+        model = open_as(EXPORTED[path.suffix], path)
     except UserError:
         raise
     except Exception as error:  # the runtimes' own exceptions have no common class
@@ -172,17 +148,21 @@ def require(package: str) -> ModuleType:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back what exporters and runtimes print, also from C++; when they fail, it is printed after all."""
-    with tempfile.TemporaryFile() as kept, open(os.dup(2), "wb") as stderr, warnings.catch_warnings(action="ignore"):
+def quiet() -> Iterator[TextIO]:
+    """Holds back what exporters and runtimes print, also from C++; when they fail, it is printed after all.
+
+    Gives stderr as it was, for what is to be seen nevertheless.
+    """
+    with tempfile.TemporaryFile() as kept, open(os.dup(2), "w") as stderr, warnings.catch_warnings(action="ignore"):
         sys.stderr.flush()
         os.dup2(kept.fileno(), 2)
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                yield
+                yield stderr
         except BaseException as error:
             kept.seek(0)
-            stderr.write(b"" if isinstance(error, UserError) else kept.read())
+            stderr.write("" if isinstance(error, UserError) else kept.read().decode(errors="replace"))
+            stderr.flush()
             raise
         finally:
             os.dup2(stderr.fileno(), 2)

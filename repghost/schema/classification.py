@@ -103,7 +103,9 @@ class Train(Training):
 
     task: Literal["classification"] = key("what is trained", json_schema_extra={"words": "classification or detection"})
     width: Width = key("width multiplier: 0.5, 0.58, 0.8, 1.0, 1.11, 1.3, 1.5 and 2.0 are published")
-    weights: Path | None = key("what to start from, but for the classifier: timm, official:FILE, a file or a folder")
+    weights: Path | None = key(
+        "what to start from (the classifier by recipe=qat alone): timm, official:FILE, a file or a folder"
+    )
     teacher: Path | None = key(
         "to learn from in every step: timm:NAME, timm:NAME@FILE, a run's folder or a file of this project's weights"
     )
@@ -133,6 +135,8 @@ class Train(Training):
         if self.freeze_epochs and self.weights is None:
             frozen = f"freeze_epochs={self.freeze_epochs}: there is nothing learned to freeze without weights"
             raise ValueError(f"{frozen}: give weights=timm or weights=FILE")
+        if recipe.quantization_aware and self.weights is None:
+            raise ValueError("recipe.quantization_aware: rounding is for a trained network: give weights=outputs/NAME")
         if self.accumulate > 1 and self.compile_mode == "reduce-overhead":
             raise ValueError(
                 f"accumulate={self.accumulate}: CUDA graphs overwrite the gradients that it adds up: "

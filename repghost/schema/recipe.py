@@ -97,6 +97,9 @@ class Recipe(Part):
     full_size_epochs: Annotated[int, Field(ge=0)] = key("last epochs, of the images' full size, with start_image_size")
     cycle_epochs: Count | None = key("epochs after which order and crops of the images repeat; null: never")
     mix: Mix
+    quantization_aware: bool = key(
+        "whether the fused network of weights= learns, its classifier too, with every layer rounded as INT8 rounds it"
+    )
     scale: Shares = key("share of the image's area that a random crop takes")
     ratio: Positives = key("aspect of a random crop")
     rand_augment_from_width: NotNegative | None = key(

@@ -21,7 +21,7 @@ from repghost.schema.check import shown
 from repghost.training.module import TrainingModule
 from repghost.training.schedule import linear_scale
 from repghost.training.trainer import compiles, keep_compiled
-from repghost.weights import start_from
+from repghost.weights import start_from, to_quantize
 
 _SET_BY_RECIPES = ("epochs", "batch_size", "image_size", "train_image_size")  # beside the block `recipe`
 BATCHNORM_BATCH = 128  # images per device in the official runs, whose BatchNorm statistics were each device's own
@@ -32,9 +32,13 @@ def prepare(config: DictConfig, trainer: pl.Trainer, data: Any) -> tuple[Trainin
 
     data: the run's data module, loaded for training. Prints what is about to be trained.
     """
-    model = instantiate(config.model, num_classes=data.num_classes)
-    if config.weights:
-        start_from(model, config.weights)
+    if config.recipe.quantization_aware:
+        model = to_quantize(config.weights, config.width, data.num_classes)
+        model.dropout.p = config.recipe.dropout
+    else:
+        model = instantiate(config.model, num_classes=data.num_classes)
+        if config.weights:
+            start_from(model, config.weights)
     data.augment.match_step(trainer.strategy.root_device, trainer.precision, config.channels_last)
     if compiles(config.compile, trainer.strategy.root_device):
         keep_compiled(Path(config.data.cache) / "compiled")

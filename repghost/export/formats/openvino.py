@@ -1,0 +1,60 @@
+"""OpenVINO: Intel's processors, graphics and NPUs. Two files, NAME.xml and NAME.bin.
+
+INT8 is NNCF's post-training quantization, which also aligns channels and corrects biases.
+Check: `pytest tests/test_runtimes.py tests/test_quantize.py`.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repghost.export.deployable import Deployable, Deployment, Metadata, program_of
+from repghost.export.runtimes import ExportedModel, require
+
+_OWN = "repghost"  # where in the file our metadata are
+
+
+def write(
+    module: Deployable, deployment: Deployment, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()
+) -> None:
+    """Writes `path` and, beside it, the weights."""
+    import openvino
+
+    model = openvino.convert_model(program_of(module, deployment))
+    model.inputs[0].get_tensor().set_names({"image"})
+    model.outputs[0].get_tensor().set_names({deployment.output})
+    if calibration:
+        model = _quantized(model, calibration)
+    for key, value in metadata.items():
+        model.set_rt_info(str(value), [_OWN, key])
+    openvino.save_model(model, path, compress_to_fp16=deployment.precision == "float16")
+
+
+def _quantized(model: Any, calibration: Sequence[Tensor]) -> Any:
+    """The network in INT8, symmetric weights and affine activations; what is before the network stays in float."""
+    import nncf
+
+    operations = takewhile(lambda operation: operation.get_type_name() != "Convolution", model.get_ordered_ops())
+    around = nncf.IgnoredScope(names=[op.get_friendly_name() for op in operations], validate=False)
+    images = nncf.Dataset([image for batch in calibration for image in batch.numpy()], lambda image: image[None])
+    return nncf.quantize(
+        model, images, preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU, ignored_scope=around
+    )
+
+
+def open_model(path: Path) -> ExportedModel:
+    """The file in OpenVINO, on the CPU. What is in float32 computes in float32, where it would take bfloat16."""
+    openvino = require("openvino")
+    model = openvino.Core().read_model(path)
+    metadata = model.get_rt_info([_OWN]).value if model.has_rt_info([_OWN]) else {}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(model, "CPU", settings)
+
+    def call(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(images.numpy())[0].copy())
+
+    return ExportedModel(call, metadata)

@@ -1,0 +1,91 @@
+"""The runtimes beside onnxruntime and ExecuTorch run an export as torch runs the fused network, INT8 nearly so.
+
+OpenVINO is tested everywhere; LiteRT where it is installed, TensorRT where a GPU is as well.
+"""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import photographs as normalized
+from images import make_class_folders
+from test_evaluation import rows, validation_shards
+from test_export import exported, half, saved_half  # noqa: F401
+
+from repghost import reparameterize
+from repghost.errors import UserError
+from repghost.export.options import FORMATS
+from repghost.export.runtimes import open_as, open_file
+
+Program = Callable[..., int]
+NO_LITERT = pytest.mark.skipif(find_spec("litert_torch") is None, reason="the extra litert is not installed")
+NO_TENSORRT = pytest.mark.skipif(
+    find_spec("tensorrt") is None or not torch.cuda.is_available(), reason="TensorRT and a GPU are not here"
+)
+RUNTIMES = ["openvino", pytest.param("litert", marks=NO_LITERT), pytest.param("tensorrt", marks=NO_TENSORRT)]
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+@torch.no_grad()
+def test_every_image_of_a_batch_gets_torchs_logits(half: Any, form: str) -> None:  # noqa: F811
+    out = f"model{FORMATS[form].ending}"
+    assert exported(f"format={form}", "image_size=64", "batch=3", f"out={out}") == 0
+    images = normalized(7, 64)  # a last batch that is not full
+    found = open_as(form, Path(out))
+    assert (found(images) - reparameterize(half)(images)).abs().max() < 1e-4
+    described = open_file(out)
+    assert described.metadata["batch"] == 3 and described.metadata["image_size"] == 64
+    assert described.description.width == 0.5
+
+
+@pytest.mark.parametrize("form", ["openvino", pytest.param("tensorrt", marks=NO_TENSORRT)])
+@torch.no_grad()
+def test_a_batch_of_any_size(half: Any, form: str) -> None:  # noqa: F811
+    out = f"model{FORMATS[form].ending}"
+    assert exported(f"format={form}", "image_size=64", f"out={out}") == 0
+    model = open_as(form, Path(out))
+    for count in (1, 5):
+        images = normalized(count, 64)
+        assert (model(images) - reparameterize(half)(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+def test_int8_is_smaller_and_its_report_is_a_page(half: Any, form: str, capsys: Any) -> None:  # noqa: F811
+    make_class_folders(Path("photos"), per_class=6)
+    out = f"model{FORMATS[form].ending}"
+    common = (f"format={form}", "image_size=96", f"out={out}", "int8=true", "calibration=photos")
+    assert exported(*common, "calibration_images=12", "batch=3") == 0
+    said = capsys.readouterr().out
+    assert "MB in float32" in said and "same Top-1" in said and "layers that lose most" in said
+    report = json.loads(Path("model.int8.json").read_text())
+    assert report["images"] == 18 and report["sqnr_db"] > 3
+    assert report["bytes"]["int8"] < 0.6 * report["bytes"]["float32"]
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+def test_evaluate_takes_the_file(half: Any, form: str, evaluate_with: Program, tmp_path: Path) -> None:  # noqa: F811
+    data = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128)
+    out = f"model{FORMATS[form].ending}"
+    assert exported(f"format={form}", "image_size=64", "batch=4", f"out={out}") == 0
+    common = (f"data.root={data}", "image_size=64", "trainer=cpu", "data.workers=0")
+    assert evaluate_with(f"weights={out}", *common) == 0
+    assert evaluate_with("weights=w.safetensors", "width=0.5", *common) == 0
+    mine, torchs = rows("results/results.csv")
+    assert mine["images"] == "25" and mine["top1"] == torchs["top1"]
+
+
+def test_openvino_preprocesses_photographs(half: Any, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    arguments = ("format=openvino", "image_size=64", "preprocess=true", "softmax=true", "input_size=120x160")
+    assert exported(*arguments) == 0
+    assert "allowed 1.0e-04" in capsys.readouterr().out
+
+
+def test_a_file_without_its_weights_is_one_line(half: Any) -> None:  # noqa: F811
+    assert exported("format=openvino", "image_size=64", "out=model.xml") == 0
+    Path("model.bin").unlink()
+    with pytest.raises(UserError, match=r"model\.xml: its runtime cannot load it"):
+        open_file("model.xml")
