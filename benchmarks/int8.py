@@ -7,8 +7,8 @@ trains every width with several seeds on parts of Debian's Fashion-MNIST, enlarg
 fused networks on all 10,000 test images: in float32, and in INT8 by every variant below. The hostile networks are the
 narrowest ones with the channels between their layers scaled by factors from 1/32 to 32: in float32 they compute the
 same, but their channels differ by three orders of magnitude, as those of depthwise layers of networks for ImageNet do.
-Writes a row for each network and variant into results/int8.csv and the table of means into results/int8.md. Trainings
-that are finished are not done again.
+Writes a row for each network and variant into results/int8.csv and the table of means into results/int8.md. What is in
+them is not measured again, and no network trained twice.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 if not __package__:  # started as a file, not as python -m benchmarks.int8
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import ROOT, described, machine, write_table
+from benchmarks.common import ROOT, described, machine, read_table, write_table
 from benchmarks.fashion_mnist import FOLDER, RECIPE, prepare, train
 from repghost.export.check import inputs_of
 from repghost.export.deployable import Deployable, Deployment
@@ -43,6 +43,7 @@ from repghost.rounding import round_layers
 from repghost.run import load_run
 
 BATCH = 100  # test images a call
+FIXED = 32  # the same for formats whose files are for batches of one size
 SPREAD = 5  # factors of a hostile network are powers of 2, of up to this exponent
 CALIBRATED = 128
 Prepare = Callable[[RepGhostNet, Sequence[Tensor]], RepGhostNet]
@@ -58,7 +59,7 @@ def main() -> int:
     add("--widths", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="(default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[3, 3, 1], help="how many, of each width (default: %(default)s)")
     add("--test-images", type=int, default=10_000, help="(default: %(default)s)")
-    add("--variants", nargs="+", default=[], help="words that occur in a variant's name (default: all)")
+    add("--variants", nargs="+", default=[], help="names of those to measure (default: all)")
     add("--train-only", action="store_true", help="quantize nothing")
     add("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
     add("--out", type=Path, default=ROOT / "results" / "int8.csv", help="(default: results/int8.csv)")
@@ -90,14 +91,19 @@ def main() -> int:
     images = torch.cat(inputs_of([photograph.image for photograph in test], Deployment(preprocessing, BATCH)))
     training = read_photographs(folder / f"{options.images}.images" / "train", 1024)
     calibration = inputs_of([photograph.image for photograph in training], Deployment(preprocessing, 1))
-    study = Study(Deployment(preprocessing, batch=BATCH), images[: len(labels)], labels, calibration)
-    rows = []
-    for (width, seed), network in sorted(networks(runs)):
-        for variant, top1 in study.results(network, options.variants):
-            print(f"{width:<12} seed {seed}  {variant:<44} {top1:.2f}%", flush=True)
-            rows.append({"network": width, "seed": seed, "variant": variant, "top1": top1})
-        setting = {key: getattr(options, key) for key in ("images", "size", "epochs", "test_images")}
-        write_table(options.out, [{**row, **setting, **facts} for row in rows])
+    study = Study(preprocessing, images[: len(labels)], labels, calibration)
+    setting = {key: getattr(options, key) for key in ("images", "size", "epochs", "test_images")}
+    rows: list[dict[str, Any]] = []
+    if options.out.exists():
+        rows = [row for row in read_table(options.out) if all(row[key] == str(setting[key]) for key in setting)]
+    measured = {(row["network"], int(row["seed"]), row["variant"]) for row in rows}
+    for (name, seed), network in sorted(networks(runs)):
+        for variant, top1 in study.results(
+            network, options.variants, {v for n, s, v in measured if (n, s) == (name, seed)}
+        ):
+            print(f"{name:<12} seed {seed}  {variant:<44} {top1:.2f}%", flush=True)
+            rows.append({"network": name, "seed": seed, "variant": variant, "top1": top1, **setting, **facts})
+            write_table(options.out, rows)
     text = "\n".join(table(rows))
     options.out.with_suffix(".md").write_text(f"{text}\n")
     print(text)
@@ -170,13 +176,15 @@ def _mean(output: Tensor) -> Tensor:
 class Study:
     """The variants, on one set of test images."""
 
-    def __init__(self, deployment: Deployment, images: Tensor, labels: Tensor, calibration: Sequence[Tensor]) -> None:
-        self._deployment, self._images, self._labels, self._all = deployment, images, labels, calibration
+    def __init__(
+        self, preprocessing: Preprocessing, images: Tensor, labels: Tensor, calibration: Sequence[Tensor]
+    ) -> None:
+        self._preprocessing, self._images, self._labels, self._all = preprocessing, images, labels, calibration
 
-    def results(self, network: RepGhostNet, words: Sequence[str]) -> Iterator[tuple[str, float]]:
-        """Each variant's name and its Top-1 in percent."""
+    def results(self, network: RepGhostNet, words: Sequence[str], but: set[str]) -> Iterator[tuple[str, float]]:
+        """Name and Top-1 in percent of each variant that is in `words`, or of all, but for some."""
         for name, model in self._variants(network):
-            if not words or any(word in name for word in words):
+            if name not in but and (not words or name in words):
                 with tempfile.TemporaryDirectory() as folder:
                     yield name, self._top1(model(Path(folder)))
 
@@ -196,13 +204,11 @@ class Study:
                 inputs, model = self._all[:count], network
                 for step in prepare:
                     model = step(model, inputs)
-                deployment, metadata = self._deployment, {}
-                if form is not onnx:
-                    inputs = list(torch.cat([*inputs]).split(32)) if inputs else []
-                    deployment = Deployment(deployment.preprocessing, batch=32)
-                    metadata = {"batch": 32}
-                else:
-                    deployment = Deployment(deployment.preprocessing, batch=None)
+                batch, precision = None if form is onnx else FIXED, "int8" if count else "float32"
+                if batch and inputs:
+                    inputs = list(torch.cat([*inputs]).split(batch))
+                deployment = Deployment(self._preprocessing, batch)
+                metadata = {"batch": batch or 0, "precision": precision}
                 path = folder / f"model{ENDINGS[form]}"
                 with quiet():
                     module = Deployable.of(model, deployment)
@@ -235,7 +241,9 @@ ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml"}
 def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """What INT8 loses against float32 in every variant, mean and standard deviation over the seeds, as Markdown."""
     rows = list(rows)
-    exact = {(row["network"], row["seed"]): row["top1"] for row in rows if row["variant"].startswith("float32")}
+    exact = {
+        (row["network"], int(row["seed"])): float(row["top1"]) for row in rows if row["variant"].startswith("float32")
+    }
     columns = list(dict.fromkeys(row["network"] for row in rows))
     yield f"| variant | {' | '.join(columns)} |"
     yield f"| --- |{' --- |' * len(columns)}"
@@ -243,7 +251,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         cells = []
         for column in columns:
             mine = [row for row in rows if (row["network"], row["variant"]) == (column, variant)]
-            values = [row["top1"] - exact[column, row["seed"]] * (variant[:7] != "float32") for row in mine]
+            values = [float(row["top1"]) - exact[column, int(row["seed"])] * (variant[:7] != "float32") for row in mine]
             spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):{'.2f' if variant[:7] == 'float32' else '+.2f'}}{spread}" if values else "")
         yield f"| {variant} | {' | '.join(cells)} |"

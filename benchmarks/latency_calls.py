@@ -132,7 +132,8 @@ class Exports:
         form, free = RUNTIMES[name], name in ("onnxruntime", "openvino")
         path = self._folder / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{ENDINGS[form]}"
         if not path.exists():
-            deployment = Deployment(Preprocessing(self._image_size), None if free else batch)
+            precision: Any = "int8" if int8 else "float32"
+            deployment = Deployment(Preprocessing(self._image_size), None if free else batch, precision=precision)
             with quiet():
                 if quantizable(network):
                     self._write(cast(RepGhostNet, network.module), form, deployment, path, int8)
@@ -144,7 +145,7 @@ class Exports:
         """As `repghost.export` does it; ranges are those of noise, which the latency does not depend on."""
         noise = [torch.randn(deployment.batch or 1, 3, self._image_size, self._image_size) for _ in range(2)]
         module = Deployable.of(equalize(network, noise) if int8 else network, deployment)
-        form.write(module, deployment, path, {}, calibration=noise if int8 else ())
+        form.write(module, deployment, path, {"precision": deployment.precision}, calibration=noise if int8 else ())
 
     def _write_as_it_is(self, module: nn.Module, form: Any, deployment: Deployment, path: Path) -> None:
         example = (torch.zeros(deployment.batch or 2, 3, self._image_size, self._image_size),)

@@ -71,6 +71,17 @@ def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, flo
     Of the settings with RepGhostNet and a peer it is that of the fewest images at once, then the newest, then that of
     the most networks and the fewest threads. None where there is no such setting.
     """
+    chosen = _chosen_setting(rows)
+    if not chosen:
+        return None
+    machine, device, backend, threads, batch = (chosen[0][key] for key in SETTING)
+    images = "one image" if batch == "1" else f"{batch} images"
+    with_threads = f", {threads} thread{'s' * (threads != '1')}" if device == "cpu" else ""
+    label = f"latency, {images}, {backend}{with_threads} (ms)\n{machine}"
+    return label.replace("$", r"\$"), {row["model"]: float(row["median_ms"]) for row in chosen}
+
+
+def _chosen_setting(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     settings: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         form = "fused" if row["model"].startswith("repghostnet") else "timm_reparameterized"
@@ -82,14 +93,24 @@ def measured_latency(rows: Sequence[dict[str, str]]) -> tuple[str, dict[str, flo
         return -int(found[0]["batch"]), newest, len(found), -int(found[0]["threads"])
 
     with_a_peer = [f for f in settings.values() if len({row["form"] for row in f}) == 2]
-    if not with_a_peer:
-        return None
-    chosen = max(reversed(with_a_peer), key=preference)
-    machine, device, backend, threads, batch = (chosen[0][key] for key in SETTING)
-    images = "one image" if batch == "1" else f"{batch} images"
-    with_threads = f", {threads} thread{'s' * (threads != '1')}" if device == "cpu" else ""
-    label = f"latency, {images}, {backend}{with_threads} (ms)\n{machine}"
-    return label.replace("$", r"\$"), {row["model"]: float(row["median_ms"]) for row in chosen}
+    return max(reversed(with_a_peer), key=preference) if with_a_peer else []
+
+
+def other_backends(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """Milliseconds of every fused RepGhostNet in the chosen setting (see `measured_latency`), but for the backend.
+
+    By backend; those of OpenVINO and onnxruntime, in which it is exported.
+    """
+    found: dict[str, dict[str, float]] = {}
+    chosen = _chosen_setting(rows)
+    same = [key for key in SETTING if key != "backend"] + ["image_size"]
+    for row in rows if chosen else ():
+        exported = row["backend"].partition(" ")[0] in ("onnxruntime", "openvino")
+        fused = row["form"] == "fused" and row["model"].startswith("repghostnet")
+        other = row["backend"] != chosen[0]["backend"] and all(row[key] == chosen[0][key] for key in same)
+        if exported and fused and other:
+            found.setdefault(row["backend"], {})[row["model"]] = float(row["median_ms"])
+    return dict(sorted(found.items()))
 
 
 def draw_accuracy(
@@ -119,6 +140,12 @@ def draw_accuracy(
             if width := width_of.get(row["name"]):
                 at = float(row[column]), float(row["top1"])
                 axis.annotate(f"{width}x", at, (5, -9), textcoords="offset points", fontsize="x-small")
+        for (backend, of), mark in zip(
+            other_backends(latency).items() if column == "step_ms" else (), "xv+", strict=False
+        ):
+            tops = [(of[name], float(row["top1"])) for row in with_x if (name := row["name"].partition(".")[0]) in of]
+            axis.plot(*zip(*sorted(tops), strict=True), mark, ls=":", color="black", label=f"RepGhostNet, {backend}")
+            axis.legend(fontsize="small", loc="lower right")
         if mine := [(x_of[width], top1) for width, top1 in measured_top1 if width in x_of]:
             axis.plot(*zip(*mine, strict=True), "*", color="black", mfc="white", ms=15, label="RepGhostNet, measured")
         axis.set(xlabel=label, xmargin=0.1)

@@ -86,7 +86,7 @@ def test_the_forms_are_one_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "executorch", "compiled"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "executorch", "openvino", "compiled"])
 def test_other_backends(backend: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(PACKAGES[backend]) is None:
         pytest.skip(f"{backend} is not installed")
@@ -94,6 +94,17 @@ def test_other_backends(backend: str, tmp_path: Path) -> None:
     latency.main([*SMALL, "--image-size", "64", "--backends", backend, "--peers", f"--out={out}"])
     torch.set_num_threads(threads)
     assert [(r["form"], r["backend"]) for r in rows_of(out)] == [(form, backend) for form in FORMS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "executorch", "openvino"])
+def test_int8_is_measured_of_the_fused_form_alone(runtime: str, tmp_path: Path) -> None:
+    out, threads = tmp_path / "latency.csv", torch.get_num_threads()
+    backends = [runtime, f"{runtime} int8"]
+    latency.main([*SMALL, "--image-size", "96", "--backends", *backends, "--peers", f"--out={out}"])
+    torch.set_num_threads(threads)
+    found = [(r["form"], r["backend"]) for r in rows_of(out)]
+    assert sorted(found) == sorted([*((form, runtime) for form in FORMS), (FUSED, backends[1])])
 
 
 def test_a_backend_that_a_device_lacks_is_left_out(
@@ -175,6 +186,9 @@ def test_the_figure_takes_one_setting(tmp_path: Path) -> None:
     label, milliseconds = figures.measured_latency(rows) or ("", {})
     assert set(milliseconds.values()) == {5.0} and "onnxruntime, 1 thread (ms)" in label
     assert figures.measured_latency(rows[:1]) is None  # no peer beside it
+    for threads, milliseconds in ("1", "2"), ("2", "7"):
+        rows.append(setting("openvino int8", threads, milliseconds)[0])
+    assert figures.other_backends(rows) == {"openvino int8": {"repghostnet_100": 2.0}}, "with one thread, too"
     with pytest.raises(UserError, match="no column backend"):
         figures.read_latency(write(tmp_path / "other.csv", {"model": "x"}))
 

@@ -249,7 +249,7 @@ def test_onnx_weights_have_a_scale_for_every_channel(tmp_path: Path) -> None:
     for node in graph.node:
         if node.op_type == "Conv":
             weight, scale, _ = producers[node.input[1]].input
-            assert tensors[weight].dtype == np.int8 and tensors[scale].shape == tensors[weight].shape[:1]
+            assert tensors[weight].dtype == np.uint8 and tensors[scale].shape == tensors[weight].shape[:1]
 
 
 @pytest.mark.slow

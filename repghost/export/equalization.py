@@ -80,7 +80,8 @@ def _links_of_block(block: Any) -> Iterator[Link]:
         yield Link([inner[-1]], [second])
     yield Link([second], [third])
     if isinstance(block.shortcut, nn.Sequential):
-        yield Link([block.shortcut[0]], [block.shortcut[2]])
+        first, _, last, _ = _children(block.shortcut)
+        yield Link([first], [last])
 
 
 class Inputs:

@@ -25,9 +25,9 @@ def write(
     import litert_torch
 
     litert_torch.convert(module, (example_input(deployment),)).export(str(path))
+    _describe(path, metadata)
     if calibration:
         _quantize(path, calibration)
-    _describe(path, metadata)
 
 
 def _quantize(path: Path, calibration: Sequence[Tensor]) -> None:

@@ -47,11 +47,13 @@ def _quantized(model: Any, calibration: Sequence[Tensor]) -> Any:
 
 
 def open_model(path: Path) -> ExportedModel:
-    """The file in OpenVINO, on the CPU. What is in float32 computes in float32, where it would take bfloat16."""
+    """The file in OpenVINO, on the CPU: a network of float32 in float32, where its default may be bfloat16."""
     openvino = require("openvino")
     model = openvino.Core().read_model(path)
     metadata = model.get_rt_info([_OWN]).value if model.has_rt_info([_OWN]) else {}
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if metadata.get("precision") != "int8":
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = openvino.compile_model(model, "CPU", settings)
 
     def call(images: Tensor) -> Tensor:

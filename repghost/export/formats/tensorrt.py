@@ -18,8 +18,6 @@ from repghost.export.formats import onnx
 from repghost.export.runtimes import ExportedModel, require
 
 LARGEST_BATCH = 256  # of an engine that takes any; its kernels are chosen for the middle of that
-# What it takes of quantized networks: no zero points, and biases in float.
-EXPLICIT = {"ActivationSymmetric": True, "QuantizeBias": False}
 
 
 def write(
@@ -27,9 +25,14 @@ def write(
 ) -> None:
     """Writes the engine and its metadata. Raises UserError where TensorRT cannot build it."""
     import tensorrt
+    from onnxruntime.quantization import QuantType
 
-    source = path.with_suffix(".onnx")
-    onnx.write(module, deployment, source, metadata, calibration, extra_options=EXPLICIT)
+    source, signed = path.with_suffix(".onnx"), QuantType.QInt8
+    explicit = {"ActivationSymmetric": True, "QuantizeBias": False}  # no zero points, biases in float
+    onnx.write(
+        module, deployment, source, metadata, calibration,
+        activation_type=signed, weight_type=signed, extra_options=explicit,
+    )  # fmt: skip
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     network = builder.create_network()
