@@ -40,7 +40,7 @@ PACKAGES = {
     "eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch",
     "openvino": "openvino", "litert": "ai-edge-litert",
 }  # fmt: skip
-PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES}
+PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES if name != "litert"}
 CONTIGUOUS = "contiguous"
 MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_ROUNDS = 3  # however long they take
@@ -145,7 +145,8 @@ class Exports:
         """As `repghost.export` does it; ranges are those of noise, which the latency does not depend on."""
         noise = [torch.randn(deployment.batch or 1, 3, self._image_size, self._image_size) for _ in range(2)]
         module = Deployable.of(equalize(network, noise) if int8 else network, deployment)
-        form.write(module, deployment, path, {"precision": deployment.precision}, calibration=noise if int8 else ())
+        calibration = {"calibration": noise} if int8 else {}
+        form.write(module, deployment, path, {"precision": deployment.precision}, **calibration)
 
     def _write_as_it_is(self, module: nn.Module, form: Any, deployment: Deployment, path: Path) -> None:
         example = (torch.zeros(deployment.batch or 2, 3, self._image_size, self._image_size),)

@@ -18,7 +18,7 @@ EXTRAS = {
     "executorch": ("executorch", "torchao"),
     "openvino": ("openvino", "nncf"),
     "coreml": ("coremltools",),
-    "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer", "flatbuffers"),
+    "litert": ("litert_torch", "ai_edge_litert", "flatbuffers"),
     "tensorrt": ("tensorrt",),
 }  # fmt: skip
 

@@ -195,6 +195,7 @@ TRAIN_REFUSED: Rows = {
     "weights=official": r"official:FILE",
     "weights=timm": r"width=0\.1 is not published",
     "recipe=finetune": r"freeze_epochs=2: .*weights=",
+    "recipe=qat": r"quantization_aware: .*weights=",
     "freeze_epochs=1": r"freeze_epochs=1: .*weights=",
     "data=imagenet_a": r"test_set|imagenet_a",
 }

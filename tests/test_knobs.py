@@ -64,6 +64,7 @@ CONTEXTS = {
     "recipe.augment.rand_augment": WIDE,
     "recipe.ema_decay": ("recipe.ema_span=null", "recipe.ema_decay=0.5"),
     "freeze_epochs": ("weights={last}",),
+    "recipe.quantization_aware": ("weights={last}",),
     # The first epoch is the warm-up, with the rate that it starts at.
     "recipe.learning_rate": ("epochs=2",),
     "recipe.final_learning_rate": ("epochs=2",),
@@ -100,6 +101,7 @@ VALUES = {
     "recipe.cycle_epochs": "1",
     "recipe.mix.mixup": "1",
     "recipe.mix.cutmix": "1",
+    "recipe.quantization_aware": "true",
     "recipe.teacher_loss": "hard",
     "recipe.teacher_weight": "0.9",
     "recipe.teacher_image_size": "64",

@@ -121,6 +121,16 @@ def test_a_run_that_a_signal_stops_anywhere(
     assert differences(whole, run) == []
 
 
+def test_a_quantization_aware_run_goes_on_to_the_bit(whole: Path, train_again: Program) -> None:
+    aware = ("recipe=qat", f"weights={whole}", "epochs=2")
+    assert train_again("name=aware", *aware) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        at(patched, *STOPS["within an epoch"], interrupt)
+        assert train_again("name=stopped_aware", *aware) == 75
+    assert train_again("name=stopped_aware", *aware) == 0
+    assert differences(Path("outputs/aware"), Path("outputs/stopped_aware")) == []
+
+
 CUTS = {
     "before any checkpoint": step(0, 1),
     "before the checkpoint of an epoch": (RunFiles, "on_train_epoch_end", lambda *_: True),

@@ -53,7 +53,7 @@ def test_a_batch_of_any_size(half: Any, form: str) -> None:  # noqa: F811
         assert (model(images) - reparameterize(half)(images)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("form", RUNTIMES)
+@pytest.mark.parametrize("form", ["openvino", pytest.param("tensorrt", marks=NO_TENSORRT)])
 def test_int8_is_smaller_and_its_report_is_a_page(half: Any, form: str, capsys: Any) -> None:  # noqa: F811
     make_class_folders(Path("photos"), per_class=6)
     out = f"model{FORMATS[form].ending}"

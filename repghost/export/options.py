@@ -3,15 +3,17 @@
     python -m repghost.export run=outputs/NAME format=onnx [selection=best_ema] [out=FILE]
     python -m repghost.export weights=FILE format=safetensors
     python -m repghost.export weights=timm width=1.0 format=executorch
-    python -m repghost.export run=outputs/NAME format=onnx int8=true calibration=SHARD.tar
+    python -m repghost.export run=outputs/NAME format=openvino int8=true calibration=TRAIN.tar check=VAL.tar
 
 A run of a detector (task=detection) is exported to ONNX: one image in, boxes after non-maximum suppression out.
 
-Formats: onnx, executorch (XNNPACK), torchscript, coreml, safetensors (the fused weights), hub (a folder for the Hugging
-Face hub). Every export is run by its own runtime on photographs and compared with torch before it appears at `out`; one
-that differs by too much is an error (see `repghost.export.check`). INT8 also leaves a report beside the file. A file
-says of itself which width, classes, image size, crop and normalization it has.
-Check: `pytest tests/test_export.py tests/test_quantize.py`.
+Formats: onnx, openvino (x86), executorch (XNNPACK, phones), litert (Android), tensorrt (NVIDIA's GPUs), coreml (iOS),
+torchscript, safetensors (the fused weights), hub (a folder for the Hugging Face hub). Every export is run by its own
+runtime on photographs and compared with torch before it appears at `out`; one that differs by too much is an error (see
+`repghost.export.check`). INT8 (onnx, openvino, executorch, tensorrt) takes its scales from images of `calibration` and
+prints what it costs on those of `check`: size, accuracy, time, the layers that lose most; where that is too much,
+`recipe=qat` trains on with the rounding. A file says of itself which width, classes, image size, crop and normalization
+it has. Check: `pytest tests/test_export.py tests/test_runtimes.py tests/test_quantize.py`.
 """
 
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ FORMATS = {
     "onnx": Format(".onnx", _NETWORK | _INT8 | {"opset"}, _ONNX),
     "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, ("executorch.exir", "torchao")),
     "openvino": Format(".xml", _NETWORK | _INT8 | {"input_size"}, ("openvino",), ("nncf",), (".bin",)),
-    "litert": Format(".tflite", _NETWORK | _INT8 | {"input_size"}, ("litert_torch",), ("ai_edge_quantizer",)),
+    "litert": Format(".tflite", _NETWORK | {"input_size"}, ("litert_torch",)),
     "tensorrt": Format(".engine", _NETWORK | _INT8, (*_ONNX, "tensorrt"), (), (".json",)),
     "torchscript": Format(".pt", _NETWORK | {"input_size"}),
     "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",)),

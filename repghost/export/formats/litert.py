@@ -1,11 +1,9 @@
 """LiteRT, once TensorFlow Lite: Android, by Google's converter from PyTorch, for batches of a fixed size.
 
-INT8 is AI Edge Quantizer's static recipe: weights by output channel, activations by tensor.
 Check: `pytest tests/test_runtimes.py`, which needs the extra litert in an environment of its own.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,26 +16,12 @@ from repghost.export.runtimes import ExportedModel, require
 _IDENTIFIER = b"TFL3"  # of LiteRT's files
 
 
-def write(
-    module: Deployable, deployment: Deployment, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()
-) -> None:
+def write(module: Deployable, deployment: Deployment, path: Path, metadata: Metadata) -> None:
     """Writes a .tflite file, with `metadata` as JSON in its own table of metadata."""
     import litert_torch
 
     litert_torch.convert(module, (example_input(deployment),)).export(str(path))
     _describe(path, metadata)
-    if calibration:
-        _quantize(path, calibration)
-
-
-def _quantize(path: Path, calibration: Sequence[Tensor]) -> None:
-    from ai_edge_litert.interpreter import Interpreter
-    from ai_edge_quantizer import quantizer, recipe
-
-    [(signature, tensors)] = Interpreter(str(path)).get_signature_list().items()
-    images = [{tensors["inputs"][0]: batch.numpy()} for batch in calibration]
-    work = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
-    work.quantize(work.calibrate({signature: images})).export_model(str(path), overwrite=True)
 
 
 def _describe(path: Path, metadata: Metadata) -> None:
