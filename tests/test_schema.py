@@ -201,7 +201,7 @@ TOGETHER = [
     (["data=5"], "data=5: give one of coco, digits, digits_scenes, imagenet, imagenet_a"),
     (
         ["recipe=best"],
-        "recipe=best: give one of coco_1x, distill, finetune, paper, quick, quick_detection, ssdlite_320",
+        "recipe=best: give one of coco_1x, distill, finetune, paper, qat, quick, quick_detection, ssdlite_320",
     ),
     (["data=imagenet_a"], "test_set=imagenet_a: no key of train.py"),
     (["data.root=???"], "data.root is missing: give it on the command line, data.root=..."),

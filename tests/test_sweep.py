@@ -118,7 +118,7 @@ def test_mistakes_end_before_the_first_job(
 
     assert "wdith" in error("wdith=0.1,0.2")
     assert "width=0: give a number above 0" in error("width=0.1,0")
-    assert "recipe=best: give one of coco_1x, distill, finetune, paper, quick" in error("recipe=quick,best")
+    assert "recipe=best: give one of coco_1x, distill, finetune, paper, qat, quick" in error("recipe=quick,best")
     assert "outputs/same" in error("width=0.1,0.2", "name=same")
     assert "'name=NAME-${trainer.devices}'" in error("trainer.devices=1,2")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -4,6 +4,7 @@ INT8 is NNCF's post-training quantization, which also aligns channels and correc
 Check: `pytest tests/test_runtimes.py tests/test_quantize.py`.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -24,6 +25,7 @@ def write(
     """Writes `path` and, beside it, the weights."""
     import openvino
 
+    _without_amx()
     model = openvino.convert_model(program_of(module, deployment))
     model.inputs[0].get_tensor().set_names({"image"})
     model.outputs[0].get_tensor().set_names({deployment.output})
@@ -46,9 +48,15 @@ def _quantized(model: Any, calibration: Sequence[Tensor]) -> Any:
     )
 
 
+def _without_amx() -> None:
+    """Its INT8 crashes on some processors with AMX (https://github.com/openvinotoolkit/openvino/issues/37577)."""
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # read when the first network is compiled
+
+
 def open_model(path: Path) -> ExportedModel:
     """The file in OpenVINO, on the CPU: a network of float32 in float32, where its default may be bfloat16."""
     openvino = require("openvino")
+    _without_amx()
     model = openvino.Core().read_model(path)
     metadata = model.get_rt_info([_OWN]).value if model.has_rt_info([_OWN]) else {}
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
