@@ -158,6 +158,7 @@ def test_rounded_layers_round_in_training_mode_only(fused: Any) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_quantization_aware_run_is_a_fused_run(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny("name=exact", "epochs=1") == 0
     arguments = ("recipe=qat", "epochs=1", "name=aware", "recipe.start_learning_rate=5")

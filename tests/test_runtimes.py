@@ -57,6 +57,7 @@ def test_a_batch_of_any_size(half: Any, form: str) -> None:  # noqa: F811
         assert (model(images) - reparameterize(half)(images)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["openvino", pytest.param("tensorrt", marks=NO_TENSORRT)])
 def test_int8_is_smaller_and_its_report_is_a_page(half: Any, form: str) -> None:  # noqa: F811
     """In a process of its own: what OpenVINO does wrong on a processor may do it to other tests later."""
