@@ -31,7 +31,7 @@ from benchmarks.common import ROOT, described, machine, read_table, write_table
 from benchmarks.fashion_mnist import FOLDER, RECIPE, prepare, train
 from repghost.export.check import inputs_of
 from repghost.export.deployable import Deployable, Deployment
-from repghost.export.equalization import along_inputs, equalize, links
+from repghost.export.equalization import equalize, links, rescale
 from repghost.export.formats import executorch, onnx, openvino
 from repghost.export.photographs import read_photographs
 from repghost.export.runtimes import ExportedModel, quiet
@@ -124,15 +124,9 @@ def networks(runs: dict[tuple[float, int], Path]) -> Iterator[tuple[tuple[str, i
 def hostile(network: RepGhostNet, seed: int) -> RepGhostNet:
     """The same function, but channels of very different size between its layers."""
     network, rng = copy.deepcopy(network), torch.Generator().manual_seed(seed)
-    for writers, readers in links(network):
-        count = writers[0].weight.shape[0]
-        factors = torch.randint(-SPREAD, SPREAD + 1, (count,), generator=rng).float().exp2()
-        for writer in writers:
-            writer.weight.mul_(factors.view(-1, *[1] * (writer.weight.ndim - 1)))
-            if writer.bias is not None:
-                writer.bias.mul_(factors)
-        for reader in readers:
-            reader.weight.div_(factors.view(along_inputs(reader)))
+    for link in links(network):
+        count = link.writers[0].weight.shape[0]
+        rescale(link, torch.randint(-SPREAD, SPREAD + 1, (count,), generator=rng).float().exp2())
     return network
 
 

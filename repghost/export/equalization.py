@@ -107,15 +107,20 @@ def equalize(model: RepGhostNet, batches: Sequence[Tensor]) -> RepGhostNet:
     model = copy.deepcopy(model)
     found = list(links(model))
     inputs = _inputs(model, {reader for link in found for reader in link.readers}, batches)
-    for writers, readers in found:
-        factors = _factors(readers, [inputs[reader] for reader in readers])
-        for writer in writers:
-            writer.weight.mul_(factors.view(-1, *[1] * (writer.weight.ndim - 1)))
-            if writer.bias is not None:  # it has one, fused
-                writer.bias.mul_(factors)
-        for reader in readers:
-            reader.weight.div_(factors.view(along_inputs(reader)))
+    for link in found:
+        rescale(link, _factors(link.readers, [inputs[reader] for reader in link.readers]))
     return model
+
+
+@torch.no_grad()
+def rescale(link: Link, factors: Tensor) -> None:
+    """Multiplies every channel of a link by its factor, [C], and divides by it where it is read."""
+    for writer in link.writers:
+        writer.weight.mul_(factors.view(-1, *[1] * (writer.weight.ndim - 1)))
+        if writer.bias is not None:  # it has one, fused
+            writer.bias.mul_(factors)
+    for reader in link.readers:
+        reader.weight.div_(factors.view(_along_inputs(reader)))
 
 
 def _inputs(model: RepGhostNet, layers: set[Layer], batches: Sequence[Tensor]) -> dict[Layer, Inputs]:
@@ -184,7 +189,7 @@ def _is_depthwise(layer: Layer) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1
 
 
-def along_inputs(layer: Layer) -> list[int]:
+def _along_inputs(layer: Layer) -> list[int]:
     """The shape of a vector of the input channels beside the layer's weight."""
     shape = [1] * layer.weight.ndim
     shape[0 if _is_depthwise(layer) else 1] = -1
