@@ -25,7 +25,7 @@ demo-detection: $(READY) ## train a detector on the embedded scenes from a class
 	@$(BIN)/python -m repghost.detection.results
 
 test: $(READY) ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0 -m "not slow"
 
 test-slow: $(READY) ## the slow tests
 	$(BIN)/python -m pytest -q -m slow

@@ -1,10 +1,12 @@
-"""What several tests share: BatchNorms that are not fresh, photographs, a time limit, whether there is a compiler."""
+"""What several tests share: photographs, BatchNorms that are not fresh, a time limit, a compiler, a short program."""
 
 import functools
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,3 +117,11 @@ def time_limit(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def run_script(script: str) -> str:
+    """What a Python program prints that has to end by itself."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -7,8 +7,6 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers import run_script
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from pytorch_lightning.loops import _TrainingEpochLoop
@@ -170,13 +169,6 @@ def test_no_other_file_of_training_has_private_parts() -> None:
 
 
 # -- nothing of it at import -------------------------------------------------------------------------------------------
-
-
-def run_script(script: str) -> str:
-    """What a Python program prints that has to end by itself."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_process_ends_although_its_workers_ignore_signals() -> None:

@@ -22,6 +22,7 @@ from repghost.errors import UserError, run_command
 from repghost.export import __main__ as export
 from repghost.export.equalization import equalize
 from repghost.export.int8 import layer_losses, sqnr
+from repghost.export.options import FORMATS
 from repghost.export.photographs import read_photographs, sample_photographs
 from repghost.rounding import round_layers, rounded_input, rounded_weight
 from repghost.weights import load_model
@@ -158,7 +159,6 @@ def test_rounded_layers_round_in_training_mode_only(fused: Any) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.slow
 def test_a_quantization_aware_run_is_a_fused_run(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_tiny("name=exact", "epochs=1") == 0
     arguments = ("recipe=qat", "epochs=1", "name=aware", "recipe.start_learning_rate=5")
@@ -207,7 +207,7 @@ def test_sqnr_of_a_known_noise() -> None:
 def int8(form: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
     make_class_folders(tmp_path / "calibration", per_class=6)
     random_network(0.5, 10, tmp_path / "w.safetensors")
-    out = tmp_path / f"model{export.FORMATS[form].ending}"
+    out = tmp_path / f"model{FORMATS[form].ending}"
     source = [f"weights={tmp_path / 'w.safetensors'}", "width=0.5", f"format={form}", f"out={out}", "image_size=64"]
     export.run([*source, "int8=true", f"calibration={tmp_path / 'calibration'}", *arguments])
     return json.loads((tmp_path / "model.int8.json").read_text())
@@ -221,7 +221,7 @@ def test_int8(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report["sqnr_db"] > 5 and report["top1_agreement"] > 50, "a random network's classes are nearly tied"
     said = capsys.readouterr().out
     assert report["layers"][0]["layer"] in said and f"evaluate.py weights={tmp_path / 'model'}" in said
-    size = (tmp_path / f"model{export.FORMATS[form].ending}").stat().st_size
+    size = (tmp_path / f"model{FORMATS[form].ending}").stat().st_size
     assert size < 0.45 * (tmp_path / "w.safetensors").stat().st_size
 
 
@@ -253,7 +253,6 @@ def test_onnx_weights_have_a_scale_for_every_channel(tmp_path: Path) -> None:
             assert tensors[weight].dtype == np.uint8 and tensors[scale].shape == tensors[weight].shape[:1]
 
 
-@pytest.mark.slow
 def test_int8_mistakes(tmp_path: Path) -> None:
     for argument, said in (("dtype=float16", "give one of them"), ("calibration_images=0", "whole number")):
         with pytest.raises(UserError, match=said):
