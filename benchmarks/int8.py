@@ -7,6 +7,7 @@ trains every width with several seeds on parts of Debian's Fashion-MNIST, enlarg
 fused networks on all 10,000 test images: in float32, and in INT8 by every variant below. The hostile networks are the
 narrowest ones with the channels between their layers scaled by factors from 1/32 to 32: in float32 they compute the
 same, but their channels differ by three orders of magnitude, as those of depthwise layers of networks for ImageNet do.
+Every network also learns on with the rounding of INT8 (recipe=qat) for --qat-epochs, and is evaluated after it.
 Writes a row for each network and variant into results/int8.csv and the table of means into results/int8.md. What is in
 them is not measured again, and no network trained twice.
 """
@@ -60,6 +61,7 @@ def main() -> int:
     add("--seeds", type=int, nargs="+", default=[3, 3, 1], help="how many, of each width (default: %(default)s)")
     add("--test-images", type=int, default=10_000, help="(default: %(default)s)")
     add("--variants", nargs="+", default=[], help="names of those to measure (default: all)")
+    add("--qat-epochs", type=int, default=1, help="of recipe=qat, 0 for none (default: %(default)s)")
     add("--train-only", action="store_true", help="quantize nothing")
     add("--folder", type=Path, default=FOLDER, help="(default: %(default)s)")
     add("--out", type=Path, default=ROOT / "results" / "int8.csv", help="(default: results/int8.csv)")
@@ -71,13 +73,20 @@ def main() -> int:
     pairs = sorted(zip(options.widths, options.seeds, strict=True), reverse=True)
     jobs = [(width, seed) for width, seeds in pairs for seed in range(seeds)]
 
-    def run(job: tuple[float, int]) -> Path:
+    def run(job: tuple[float, int]) -> list[Path]:
+        """The run of a width and seed and, with --qat-epochs, the one that learned on from it."""
         width, seed = job
         name = f"int8_{width:g}_{options.size}_{options.images}_{options.epochs}_s{seed}"
         setting = [f"data.root={folder / str(options.images)}", f"image_size={options.size}", f"seed={seed}"]
-        top1, _ = train(folder, name, [*RECIPE, *setting, f"width={width}", f"epochs={options.epochs}"])
-        print(f"{width:g}x seed {seed}: Top-1 {top1:.2f}%", flush=True)
-        return folder / "outputs" / name
+        setting.append(f"width={width}")
+        commands = {name: [*RECIPE, *setting, f"epochs={options.epochs}"]}
+        if options.qat_epochs:
+            qat = [f"weights={folder / 'outputs' / name}", f"epochs={options.qat_epochs}"]
+            commands[f"{name}_qat{options.qat_epochs}"] = ["recipe=qat", *RECIPE[1:], *setting, *qat]
+        for each, command in commands.items():
+            top1, _ = train(folder, each, command)
+            print(f"{each}: Top-1 {top1:.2f}%", flush=True)
+        return [folder / "outputs" / each for each in commands]
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         runs = dict(zip(jobs, pool.map(run, jobs), strict=True))
@@ -110,14 +119,18 @@ def main() -> int:
     return 0
 
 
-def networks(runs: dict[tuple[float, int], Path]) -> Iterator[tuple[tuple[str, int], RepGhostNet]]:
+def networks(runs: dict[tuple[float, int], list[Path]]) -> Iterator[tuple[tuple[str, int], RepGhostNet]]:
     """The fused networks by name and seed, and of the narrowest ones their hostile twins."""
     narrowest = min(width for width, _ in runs)
-    for (width, seed), run in runs.items():
-        network = reparameterize(load_run(run, "last")[0]).to(memory_format=torch.contiguous_format)
-        yield (f"{width:g}x", seed), network
+    for (width, seed), folders in runs.items():
+        first, *after = (
+            reparameterize(load_run(run, "last")[0]).to(memory_format=torch.contiguous_format) for run in folders
+        )
+        yield (f"{width:g}x", seed), first
         if width == narrowest:
-            yield (f"{width:g}x hostile", seed), hostile(network, seed)
+            yield (f"{width:g}x hostile", seed), hostile(first, seed)
+        for network in after:
+            yield (f"{width:g}x after QAT", seed), network
 
 
 @torch.no_grad()
