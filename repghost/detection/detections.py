@@ -132,13 +132,15 @@ def _gathered(rows: Tensor, device: torch.device) -> Tensor | None:
 def difference(one: Detections, other: Detections) -> dict[str, float | int]:
     """How far two networks differ on the same images.
 
-    Detections of the same class whose boxes have an IoU of 0.9 or more are the same one: `max_score_diff` is the
-    largest difference of their scores, `unmatched` how many detections of either have no counterpart.
+    Detections of the same class whose boxes, made a pixel larger, have an IoU of 0.9 or more are the same one:
+    `max_score_diff` is the largest difference of their scores, `unmatched` how many detections of either have no
+    counterpart.
     """
     largest, matched = 0.0, 0
+    wider = one.boxes.new_tensor([-0.5, -0.5, 0.5, 0.5])  # boxes at the border of an image may have no area
     for row in one.images.tolist():
         a, b = one.of_image(row), other.of_image(row)
-        iou = box_iou(one.boxes[a], other.boxes[b])
+        iou = box_iou(one.boxes[a] + wider, other.boxes[b] + wider)
         iou[one.labels[a][:, None] != other.labels[b]] = 0
         if iou.numel():
             best, place = iou.max(dim=1)
