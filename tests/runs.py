@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Process:
         self.log = folder / "log"
         with open(self.log, "w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *TINY, *arguments],
+                [sys.executable, str(ROOT / "train.py"), *arguments],
                 cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -82,12 +82,12 @@ StartTrain = Callable[..., Process]
 
 
 @contextmanager
-def processes(folder: Path, shards: Path) -> Iterator[StartTrain]:
+def processes(folder: Path, shards: Path, common: Sequence[str] = TINY) -> Iterator[StartTrain]:
     """Starts train.py in `folder`; what is left of it at the end is killed."""
     started: list[Process] = []
 
     def start(*arguments: str) -> Process:
-        started.append(Process(folder, f"data.root={shards}", *arguments))
+        started.append(Process(folder, *common, f"data.root={shards}", *arguments))
         return started[-1]
 
     try:

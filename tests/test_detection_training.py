@@ -274,12 +274,12 @@ def test_a_run_that_lost_its_power_comes_to_the_same(trained: Path, coco: Path, 
 
 @pytest.mark.slow
 def test_a_signal_stops_a_run_which_then_comes_to_the_same(trained: Path, coco: Path, tmp_path: Path) -> None:
-    with processes(tmp_path, coco) as start:
-        process = start(*TINY, "name=run")
+    with processes(tmp_path, coco, TINY) as start:
+        process = start("name=run")
         process.until(lambda: "epoch   1/2" in process.said)
         process.signal(signal.SIGTERM)
         assert process.ends() == 75
-        assert start(*TINY, "name=run").ends() == 0
+        assert start("name=run").ends() == 0
     assert_same(trained, tmp_path / "outputs" / "run")
 
 
