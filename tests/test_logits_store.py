@@ -83,7 +83,10 @@ def test_any_number_of_devices_writes_the_same(store: Program, forked_ranks: Non
 def test_a_store_that_was_stopped_or_cut_goes_on_to_the_same_bits(store: Program, capfd: Any) -> None:
     often = ("top=2", "checkpoint.minutes=1e-9")
     assert store(*often, "whole") == 0
-    assert "2 epochs of 40 images, 2 classes of each in float16" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "2 epochs of 40 images, 2 classes of each in float16" in said
+    held = LogitsStore.open("whole").read(1, torch.arange(40)).values.float().exp().sum(1).mean()
+    assert f"epoch 2/2  2 classes hold {held:.1%} of the probability" in said
     for place in ((0, 2), (1, 1), (1, 3)):
         with pytest.MonkeyPatch.context() as patched, pytest.raises(PowerCut):
             cut_after(patched, *place, LogitsWriter)

@@ -26,6 +26,8 @@ from repghost.training.loggers import SpeedBar, duration
 from repghost.training.module import TrainingModule
 from repghost.training.trainer import compile_step, compiles, keep_compiled
 
+_LOOKED_AT = 1024  # images of an epoch that its line speaks of
+
 
 def write_logits(config: DictConfig) -> None:
     """Writes the store that a resolved config of conf/teach.yaml describes, as one of its ranks.
@@ -149,7 +151,15 @@ class LogitsWriter(TrainingModule):
             self._store = replace(self._store, written=done)
             self._store.save()
         left = (epochs - done) * (time.monotonic() - self._began)
-        print_rank_zero(f"epoch {done:>{len(str(epochs))}}/{epochs}  {duration(left)} left")
+        print_rank_zero(
+            f"epoch {done:>{len(str(epochs))}}/{epochs}  {self._store.top} classes hold {self._held():.1%} of the "
+            f"probability  {duration(left)} left"
+        )
+
+    def _held(self) -> float:
+        """Mean share of the probability that the stored classes have, of some images of this epoch."""
+        some = torch.arange(min(self._store.positions, _LOOKED_AT))
+        return float(self._store.read(self.current_epoch, some).values.float().exp().sum(dim=1).mean())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._store.sync(self.current_epoch)  # before the checkpoint says so
