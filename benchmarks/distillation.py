@@ -32,6 +32,9 @@ VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     "teacher in the step": [*TAUGHT, "teacher={teacher}"],
     "stored logits": [*TAUGHT, "recipe.teacher_logits={logits}"],
+    "stored logits, T 1": [
+        "recipe.teacher_weight=0.9", "recipe.teacher_temperature=1", "recipe.teacher_logits={logits}",
+    ],
     "hard labels": ["recipe.teacher_loss=hard", "recipe.teacher_weight=0.5", "teacher={teacher}"],
     "mixup, CutMix": ["recipe.mix.mixup=0.1", "recipe.mix.cutmix=1", "recipe.mix.probability=0.5"],
     "teacher, mixup, CutMix": [
@@ -74,13 +77,16 @@ def main() -> int:
     of_students += [f"epochs={options.epochs}", f"width={options.width}"]
     runs = [(variant, seed) for seed in range(options.seeds) for variant in options.variants]
 
+    def logits(seed: int) -> Path:
+        return folder / f"logits_{widest}_{options.images}_{options.epochs}_s{seed}"
+
+    def teach(seed: int) -> None:
+        call(folder, "-m", "repghost.teach", *of_students, f"seed={seed}", f"teacher={teacher}", str(logits(seed)))
+
     def run(job: tuple[str, int]) -> dict[str, Any]:
         variant, seed = job
-        logits = folder / f"logits_{widest}_{options.images}_{options.epochs}_s{seed}"
-        values = {"teacher": teacher, "logits": logits, "last": options.epochs // 2}
+        values = {"teacher": teacher, "logits": logits(seed), "last": options.epochs // 2}
         command = [*of_students, f"seed={seed}", *(part.format(**values) for part in VARIANTS[variant])]
-        if "stored" in variant:
-            call(folder, "-m", "repghost.teach", *of_students, f"seed={seed}", f"teacher={teacher}", str(logits))
         setting = f"{options.width:g}_{options.size}_{options.images}_{options.epochs}"
         name = f"{setting}_{variant.replace(' ', '_').replace(',', '')}_s{seed}"
         top1, seconds = train(folder, name, command)
@@ -88,6 +94,8 @@ def main() -> int:
         return {"variant": variant, "seed": seed, "top1": top1, "seconds_per_epoch": seconds}
 
     with ThreadPoolExecutor(available_cpus()) as pool:
+        if any("{logits}" in part for variant in options.variants for part in VARIANTS[variant]):
+            list(pool.map(teach, range(options.seeds)))
         rows = list(pool.map(run, runs))
     rows.insert(0, {"variant": "the teacher", "seed": 100, "top1": evaluate(folder, teacher.name)})
     keys: tuple[str, ...] = ("images", "size", "epochs", "width")
