@@ -127,9 +127,9 @@ class Exports:
         self._folder, self._image_size = folder, image_size
 
     def of(self, network: Network, backend: str, batch: int) -> Path:
-        """The file for a backend; ONNX and OpenVINO take batches of any size."""
+        """The file for a backend and a batch; ONNX takes batches of any size, as timm exports it."""
         name, int8 = backend.removesuffix(INT8), backend.endswith(INT8)
-        form, free = RUNTIMES[name], name in ("onnxruntime", "openvino")
+        form, free = RUNTIMES[name], name == "onnxruntime"
         path = self._folder / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{ENDINGS[form]}"
         if not path.exists():
             precision: Any = "int8" if int8 else "float32"

@@ -12,7 +12,7 @@ from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,29 +24,42 @@ _OWN = "repghost"  # where in the file our metadata are
 
 
 def write(
-    module: Deployable, deployment: Deployment, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()
+    module: Deployable,
+    deployment: Deployment,
+    path: Path,
+    metadata: Metadata,
+    calibration: Sequence[Tensor] = (),
+    preset: Literal["performance", "mixed"] = "performance",
 ) -> None:
-    """Writes `path` and, beside it, the weights."""
+    """Writes `path` and, beside it, the weights.
+
+    preset: NNCF's for INT8: activations with symmetric ranges, or with asymmetric ones ("mixed"), whose zero points
+    keep most convolutions from OpenVINO's faster kernels and make a network a third slower.
+    """
     openvino = _openvino()
     model = openvino.convert_model(program_of(module, deployment))
     model.inputs[0].get_tensor().set_names({"image"})
     model.outputs[0].get_tensor().set_names({deployment.output})
     if calibration:
-        model = _quantized(model, calibration)
+        model = _quantized(model, calibration, preset)
     for key, value in metadata.items():
         model.set_rt_info(str(value), [_OWN, key])
     openvino.save_model(model, path, compress_to_fp16=deployment.precision == "float16")
 
 
-def _quantized(model: Any, calibration: Sequence[Tensor]) -> Any:
-    """The network in INT8, symmetric weights and affine activations; what is before the network stays in float."""
+def _quantized(model: Any, calibration: Sequence[Tensor], preset: str) -> Any:
+    """The network in INT8; what is before the network stays in float."""
     import nncf
 
     operations = takewhile(lambda operation: operation.get_type_name() != "Convolution", model.get_ordered_ops())
     around = nncf.IgnoredScope(names=[op.get_friendly_name() for op in operations], validate=False)
     images = nncf.Dataset([image for batch in calibration for image in batch.numpy()], lambda image: image[None])
     return nncf.quantize(
-        model, images, preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU, ignored_scope=around
+        model,
+        images,
+        preset=nncf.QuantizationPreset(preset),
+        target_device=nncf.TargetDevice.CPU,
+        ignored_scope=around,
     )
 
 
