@@ -83,6 +83,20 @@ def test_int8_is_smaller_and_its_report_is_a_page(half: Any, form: str, capsys: 
     report = json.loads(Path("model.int8.json").read_text())
     assert report["images"] == 18 and report["sqnr_db"] > 3
     assert report["bytes"]["int8"] < 0.6 * report["bytes"]["float32"]
+    assert form != "openvino" or not zero_points(out)
+
+
+def zero_points(path: str) -> list[str]:
+    """Names of the quantizers of an OpenVINO file whose range is neither symmetric nor from 0 on."""
+    import openvino
+
+    found = []
+    for operation in openvino.Core().read_model(path).get_ops():
+        if operation.get_type_name() == "FakeQuantize":
+            low, high = (operation.input_value(place).get_node().get_data() for place in (1, 2))
+            if not ((low == 0) | (abs(low + high) < 0.02 * abs(high))).all():
+                found.append(operation.get_friendly_name())
+    return found
 
 
 @pytest.mark.parametrize("form", RUNTIMES)
