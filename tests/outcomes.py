@@ -95,6 +95,8 @@ TRAIN_REFUSED: Rows = {
     "recipe.momentum=-0.1": r"recipe\.momentum=-0\.1",
     "recipe.weight_decay=-1": r"recipe\.weight_decay=-1",
     "recipe.weight_decay=x": r"recipe\.weight_decay=x",
+    "recipe.gradient_clip=0": r"recipe\.gradient_clip=0",
+    "recipe.gradient_clip=x": r"recipe\.gradient_clip=x",
     "recipe.label_smoothing=1": r"recipe\.label_smoothing=1",
     "recipe.label_smoothing=abc": r"recipe\.label_smoothing=abc",
     "recipe.dropout=1": r"recipe\.dropout=1",

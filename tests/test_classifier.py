@@ -26,6 +26,7 @@ RECIPE: dict[str, Any] = {
     "warmup_epochs": 5,
     "momentum": 0.9,
     "weight_decay": 1e-5,
+    "gradient_clip": None,
     "label_smoothing": 0.1,
     "ema_decay": 0.9999,
     "ema_span": None,
@@ -156,6 +157,27 @@ def test_a_finetuning_with_fused_sgd_passes_its_unfreezing_and_a_resume(
     assert all("momentum_buffer" in state["state"][i] for group in state["param_groups"] for i in group["params"])
     assert train_tiny(*options[1:], "name=b") == 0
     assert torch.load("outputs/b/checkpoints/last.ckpt", weights_only=True)["global_step"] == resumed["global_step"]
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_gradients_are_clipped_before_each_step(train_tiny: Program) -> None:
+    norms = []
+    for name, clip in (("clipped", 1e-3), ("free", None)):
+        command = (f"name={name}", f"recipe.gradient_clip={'null' if clip is None else clip}", "recipe.weight_decay=0")
+        assert train_tiny(*command) == 0
+        state = torch.load(f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]["state"]
+        norms.append(torch.cat([values["momentum_buffer"].flatten() for values in state.values()]).norm().item())
+    clipped, free = norms  # of gradients whose weights, powers of the momentum, add up to at most 10
+    assert 0 < clipped <= 10 * 1e-3 < free
+
+
+@pytest.mark.parametrize(("clip", "fused"), [(None, True), (1.0, None)])
+def test_an_optimizer_is_not_fused_where_gradients_are_clipped(
+    clip: float | None, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageClassifier, "device", torch.device("cuda"))
+    optimizer = classifier_of(RepGhostNet(0.1), gradient_clip=clip).configure_optimizers()
+    assert optimizer.param_groups[0]["fused"] is fused
 
 
 def test_dropout_s_seed_is_torch_s() -> None:

@@ -115,7 +115,10 @@ def built(*overrides: str) -> str:
     learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     rates = [module.learning_rate(step) for step in range(0, 1200, 90)]
     sizes = [vars(part) for part in model.modules() if "Anchor" in type(part).__name__]
-    found = (model, settings, vars(model.transform), learning, about, rates, module.ema.decay, sizes)
+    clipped: list[dict[str, Any]] = []
+    module.clip_gradients = lambda *_, **options: clipped.append(options)
+    module.configure_gradient_clipping(None)
+    found = (model, settings, vars(model.transform), learning, about, rates, module.ema.decay, sizes, clipped)
     return re.sub(" at 0x[0-9a-f]+", "", str(found))
 
 
@@ -123,7 +126,8 @@ VALUES = {
     "width": "0.2", "epochs": "8", "batch_size": "8", "recipe.learning_rate": "0.1", "recipe.one_stage_factor": "0.7",
     "recipe.reference_batch_size": "32", "recipe.warmup_steps": "10", "recipe.warmup_factor": "0.5",
     "recipe.schedule": "cosine", "recipe.milestones": "[1]", "recipe.decay": "0.5", "recipe.momentum": "0.5",
-    "recipe.weight_decay": "1e-3", "recipe.ema_decay": "0.5", "detector": "fcos", "detector.image_size": "[320,640]",
+    "recipe.weight_decay": "1e-3", "recipe.gradient_clip": "1", "recipe.ema_decay": "0.5", "detector": "fcos",
+    "detector.image_size": "[320,640]",
     "detector.trainable_layers": "1", "detector.norm": "trained", "detector.channels": "64",
     "detector.anchor_sizes": "[9,20,30,40,50]", "detector.score_threshold": "0.3", "detector.nms_threshold": "0.3",
     "detector.candidates": "7", "detector.detections": "9",

@@ -81,6 +81,7 @@ VALUES = {
     "epochs": "3",
     "recipe.warmup_epochs": "2",
     "recipe.weight_decay": "0.1",
+    "recipe.gradient_clip": "1e-3",
     "recipe.rand_augment_from_width": "0.05",
     "recipe.augment.rand_augment.operations": "1",
     "recipe.augment.rand_augment.magnitude": "2",

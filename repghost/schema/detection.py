@@ -65,6 +65,7 @@ class DetectionRecipe(Part):
     decay: ShareAboveZero = key("schedule=steps: factor of the learning rate at a milestone")
     momentum: ShareBelowOne = key("of SGD")
     weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
+    gradient_clip: Positive | None = key("norm that the gradients of a step are scaled down to; null: never")
     ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
     ema_span: ShareAboveZero | None = key(
         "the weight average's memory as a share of the run's steps; null: by ema_decay"

@@ -77,6 +77,7 @@ class Recipe(Part):
     warmup_epochs: Annotated[int, Field(ge=0)] = key("epochs of linear warm-up, at most epochs")
     momentum: ShareBelowOne = key("of SGD, in Nesterov's form")
     weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
+    gradient_clip: Positive | None = key("norm that the gradients of a step are scaled down to; null: never")
     label_smoothing: ShareBelowOne = key("share of the target that is spread over all classes")
     dropout: ShareBelowOne = key("before the classifier")
     ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")

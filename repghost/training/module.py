@@ -83,8 +83,16 @@ class TrainingModule(LightningModule):
 
     @property
     def _fused(self) -> bool | None:
-        """Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD."""
-        return self.device.type == "cuda" or None
+        """Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD.
+
+        Gradients that are to be clipped need that synchronization; Lightning does not clip those of a fused optimizer.
+        """
+        return (self.device.type == "cuda" and self._recipe["gradient_clip"] is None) or None
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        """Scales the gradients of a step so that the norm of them all is at most recipe.gradient_clip."""
+        if (limit := self._recipe["gradient_clip"]) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
 
     def set_learning_rate(self, rate: float) -> None:
         """For the steps that follow. There is no scheduler whose state could be lost."""
