@@ -7,21 +7,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from repghost.schema.keys import Devices, Shards, Shared, Training
+from repghost.schema.keys import Devices, SGDRecipe, Shards, Shared, Training
 from repghost.schema.values import (
     Convert,
     Count,
-    NotNegative,
     Part,
     Partial,
     Path,
     Positive,
     Share,
     ShareAboveZero,
-    ShareBelowOne,
     Shares,
     Target,
-    Text,
     Width,
     ascending,
     follows,
@@ -49,13 +46,11 @@ class BoxAugment(Part):
     min_visible: Share = key("objects of whose box a crop leaves less are left out")
 
 
-class DetectionRecipe(Part):
+class DetectionRecipe(SGDRecipe):
     """`recipe` of the recipes for detectors."""
 
-    name: Text = key("of the recipe, for the run's name and its log")
     learning_rate: Positive = key("of two-stage detectors, for reference_batch_size, scaled linearly to batch_size")
     one_stage_factor: Positive = key("times learning_rate is that of retinanet, fcos and ssdlite")
-    reference_batch_size: Count = key("global batch size for which the learning rate is stated")
     warmup_steps: Annotated[int, Field(ge=0)] = key("steps of linear warm-up")
     warmup_factor: ShareAboveZero = key("share of the learning rate that the warm-up begins with")
     schedule: Literal["steps", "cosine"] = key("steps: times decay after each milestone; cosine: down to 0")
@@ -63,13 +58,6 @@ class DetectionRecipe(Part):
         "schedule=steps: epochs after which the learning rate falls; null: none"
     )
     decay: ShareAboveZero = key("schedule=steps: factor of the learning rate at a milestone")
-    momentum: ShareBelowOne = key("of SGD")
-    weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
-    gradient_clip: Positive | None = key("norm that the gradients of a step are scaled down to; null: never")
-    ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
-    ema_span: ShareAboveZero | None = key(
-        "the weight average's memory as a share of the run's steps; null: by ema_decay"
-    )
     augment: BoxAugment
 
 

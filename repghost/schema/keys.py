@@ -19,6 +19,8 @@ from repghost.schema.values import (
     Path,
     Positive,
     Processes,
+    ShareAboveZero,
+    ShareBelowOne,
     Target,
     Text,
     follows,
@@ -60,6 +62,20 @@ class Devices(Part):
     timeout_minutes: Annotated[float, Field(gt=0, le=43200)] = key("how long a rank waits for the others")
     precision: Any = follows("precision")
     deterministic: Any = follows("deterministic")
+
+
+class SGDRecipe(Part):
+    """What the recipes of every task have: the optimizer and the average of the weights."""
+
+    name: Text = key("of the recipe, for the run's name and its log")
+    reference_batch_size: Count = key("global batch size for which learning rates are stated")
+    momentum: ShareBelowOne = key("of SGD, for classifiers in Nesterov's form")
+    weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
+    gradient_clip: Positive | None = key("norm that the gradients of a step are scaled down to; null: never")
+    ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
+    ema_span: ShareAboveZero | None = key(
+        "the weight average's memory as a share of the run's steps; null: by ema_decay"
+    )
 
 
 class TrainingDevices(Devices):

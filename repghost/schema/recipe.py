@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from repghost.schema.keys import SGDRecipe
 from repghost.schema.values import (
     Colour,
     Count,
@@ -15,12 +16,10 @@ from repghost.schema.values import (
     Positive,
     Positives,
     Share,
-    ShareAboveZero,
     ShareBelowOne,
     Shares,
     Std,
     Target,
-    Text,
     key,
 )
 
@@ -66,24 +65,15 @@ class Mix(Part):
     cutmix_share: Share = key("of the mixed pairs that CutMix gets, where mixup and CutMix are both on")
 
 
-class Recipe(Part):
+class Recipe(SGDRecipe):
     """`recipe` of conf/recipe."""
 
-    name: Text = key("of the recipe, for the run's name and its log")
     learning_rate: Positive = key("the highest, for reference_batch_size, scaled linearly to batch_size")
     start_learning_rate: NotNegative = key("of the first epoch of the warm-up, scaled likewise")
     final_learning_rate: NotNegative = key("that the cosine ends with, scaled likewise")
-    reference_batch_size: Count = key("global batch size for which the learning rates are stated")
     warmup_epochs: Annotated[int, Field(ge=0)] = key("epochs of linear warm-up, at most epochs")
-    momentum: ShareBelowOne = key("of SGD, in Nesterov's form")
-    weight_decay: NotNegative = key("of parameters with more than one dimension that are no biases")
-    gradient_clip: Positive | None = key("norm that the gradients of a step are scaled down to; null: never")
     label_smoothing: ShareBelowOne = key("share of the target that is spread over all classes")
     dropout: ShareBelowOne = key("before the classifier")
-    ema_decay: ShareBelowOne | None = key("of the weight average; null: by ema_span")
-    ema_span: ShareAboveZero | None = key(
-        "the weight average's memory as a share of the run's steps; null: by ema_decay"
-    )
     teacher_loss: Literal["soft", "hard"] = key(
         "what is learned from a teacher: soft: its probabilities (arXiv 1503.02531); hard: its most probable class"
     )

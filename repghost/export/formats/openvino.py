@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +35,7 @@ def write(
     preset: NNCF's for INT8: activations with symmetric ranges, or with asymmetric ones ("mixed"), whose zero points
     keep most convolutions from OpenVINO's faster kernels and make a network a third slower.
     """
-    openvino = _openvino()
+    openvino, _ = _openvino()
     model = openvino.convert_model(program_of(module, deployment))
     model.inputs[0].get_tensor().set_names({"image"})
     model.outputs[0].get_tensor().set_names({deployment.output})
@@ -63,40 +62,34 @@ def _quantized(model: Any, calibration: Sequence[Tensor], preset: str) -> Any:
     )
 
 
-def _openvino() -> ModuleType:
-    """The package, without AMX and without its usage statistics, both unless the process has them already.
+@cache
+def _openvino() -> tuple[ModuleType, Any]:
+    """The package and its runtime, without AMX and usage statistics unless the process has them already.
 
-    Its INT8 crashes on some processors with AMX (https://github.com/openvinotoolkit/openvino/issues/37577).
+    One runtime for the whole life of the process: each one, when its part for the CPU is loaded, brings a stack for
+    signal handlers, and leaves the one of its predecessor when it goes. If that went before, the next signal, even the
+    end of a child process, would be a segmentation fault.
     """
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")  # read when the first network is compiled
+    # Its INT8 crashes on some processors with AMX (https://github.com/openvinotoolkit/openvino/issues/37577). Read when
+    # the first network is compiled.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
     # The package and NNCF would report each import and conversion, which forks this process from six threads.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
     package = require("openvino")
-    _core()
-    return package
-
-
-@cache
-def _core() -> Any:
-    """The runtime, with its part for the CPU loaded: one for the whole life of the process.
-
-    Each one would bring a stack for signal handlers, and leave the one of its predecessor when it goes. If that went
-    before, the next signal, even the end of a child process, would be a segmentation fault.
-    """
-    core = import_module("openvino").Core()
+    core = package.Core()
     core.get_property("CPU", "FULL_DEVICE_NAME")
-    return core
+    return package, core
 
 
 def open_model(path: Path) -> ExportedModel:
     """The file in OpenVINO, on the CPU: a network of float32 in float32, where its default may be bfloat16."""
-    _openvino()
-    model = _core().read_model(path)
+    _, core = _openvino()
+    model = core.read_model(path)
     metadata = model.get_rt_info([_OWN]).value if model.has_rt_info([_OWN]) else {}
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if metadata.get("precision") != "int8":
         settings["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = _core().compile_model(model, "CPU", settings)
+    compiled = core.compile_model(model, "CPU", settings)
 
     def call(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy())[0].copy())
