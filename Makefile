@@ -16,9 +16,9 @@ demo: $(READY) ## train on the embedded digits, fuse, evaluate, print the result
 	@echo
 	@$(BIN)/python -m repghost.results
 
-demo-detection: $(READY) ## train a detector on the embedded scenes from a classifier of digits, fuse, evaluate, print the table (some minutes on two cores)
+demo-detection: $(READY) ## train a detector on the embedded scenes from a classifier of digits, fuse, evaluate, print the table (4.5 minutes on two cores)
 	rm -rf outputs/demo-digits outputs/demo-detection
-	$(BIN)/python train.py data=digits recipe=quick width=0.5 epochs=6 trainer=cpu name=demo-digits
+	$(BIN)/python train.py data=digits recipe=quick width=0.5 epochs=4 trainer=cpu name=demo-digits
 	$(BIN)/python train.py task=detection data=digits_scenes recipe=quick_detection detector=fcos width=0.5 weights=outputs/demo-digits \
 		trainer=cpu name=demo-detection
 	@echo
