@@ -103,6 +103,14 @@ def test_what_does_not_learn_is_not_in_the_optimizer() -> None:
     assert id(model.backbone.body.conv_stem.weight) not in grouped
 
 
+def test_steps_are_fused_on_cpus_too() -> None:
+    config = compose_config("train_detection", ["data.root=x", "weights=timm", "width=0.1"])
+    module = instantiate(config.module)(
+        instantiate(config.detector)(num_classes=3), config.recipe, steps_per_epoch=1, classes=3
+    )
+    assert all(group["fused"] for group in module.configure_optimizers().param_groups)
+
+
 def built(*overrides: str) -> str:
     """What a command makes before it sees data: the detector, its optimizer, its rates."""
     config = compose_config("train_detection", ["data.root=x", "weights=timm", "width=0.1", *overrides])

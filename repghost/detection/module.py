@@ -37,7 +37,7 @@ class DetectorTraining(TrainingModule):
     those of TrainingModule.
     """
 
-    metric, nesterov = "map", False
+    metric, nesterov, fused_on_cpu = "map", False, True
 
     def __init__(
         self, model: nn.Module, recipe: Mapping[str, Any], *, detector: str, width: float, classes: int, **run: int

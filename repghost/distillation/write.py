@@ -101,7 +101,7 @@ def _store(config: DictConfig, data: Any, teacher: Teacher, device: torch.device
 class LogitsWriter(TrainingModule):
     """Writes what `teacher` says of each batch; the Trainer counts the steps of one weight that stays zero."""
 
-    metric, nesterov = None, False
+    metric, nesterov, fused_on_cpu = None, False, False
     model: nn.Linear
 
     def __init__(self, teacher: Teacher, store: LogitsStore, config: DictConfig, steps_per_epoch: int) -> None:

@@ -33,7 +33,7 @@ class ImageClassifier(TrainingModule):
     are those of TrainingModule.
     """
 
-    metric, nesterov = "top1", True
+    metric, nesterov, fused_on_cpu = "top1", True, False
     model: RepGhostNet
 
     def __init__(

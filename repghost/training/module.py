@@ -30,10 +30,12 @@ class TrainingModule(LightningModule):
     beside epochs, batch size, steps and seed. `requests`: what the ranks exchange in a step beside gradients and
     statistics. metric: the figure by which the best epoch is chosen, the larger the better; the columns `val_METRIC`
     and `ema_METRIC` of `history` have it; None: no epoch is better than another. nesterov: SGD's form of momentum.
+    fused_on_cpu: whether its steps are the faster ones on CPUs, too, which round differently from timm's.
     """
 
     metric: ClassVar[str | None]
     nesterov: ClassVar[bool]
+    fused_on_cpu: ClassVar[bool]
     requests: Requests | None = None
 
     def __init__(
@@ -83,11 +85,12 @@ class TrainingModule(LightningModule):
 
     @property
     def _fused(self) -> bool | None:
-        """Fused SGD avoids a synchronization for AMP's scale on GPUs. On CPUs it rounds differently from timm's SGD.
+        """Fused SGD avoids a synchronization for AMP's scale on GPUs.
 
         Gradients that are to be clipped need that synchronization; Lightning does not clip those of a fused optimizer.
         """
-        return (self.device.type == "cuda" and self._recipe["gradient_clip"] is None) or None
+        possible = self.fused_on_cpu or self.device.type == "cuda"
+        return (possible and self._recipe["gradient_clip"] is None) or None
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Scales the gradients of a step so that the norm of them all is at most recipe.gradient_clip."""
