@@ -17,9 +17,9 @@ ran. float32 is float32: TensorFloat-32 is off.
 
 Backends: `eager` is torch as it is, in inference mode; each network runs in the memory format in which it was faster
 just before (the column says which), and timm's reparameterized RepGhostNet contiguous too, as timm gives it. `compiled`
-is torch.compile in the format that was faster in eager mode. `onnxruntime`, `executorch`, `openvino` and `litert` run
-what `repghost.export` writes of the fused network, and of others what the same exporter writes of them as they are;
-"onnxruntime int8" and so on its INT8, of fused networks only. Weights are random:
+is torch.compile in the format that was faster in eager mode. `onnxruntime`, `executorch`, `openvino`, `litert` and
+`ncnn` run what `repghost.export` writes of the fused network, and of others what the same exporter writes of them as
+they are; "onnxruntime int8" and so on its INT8, of fused networks only. Weights are random:
 latency does not depend on them. Peers are in timm's form, reparameterized where timm can: in `eager` they and timm's
 RepGhostNet keep BatchNorm, the other backends can fold it. Their accuracies are published. Check: `pytest
 tests/test_latency.py`.

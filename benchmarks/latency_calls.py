@@ -23,7 +23,7 @@ from repghost import RepGhostNet, reparameterize, repghostnet
 from repghost.errors import UserError
 from repghost.export.deployable import Deployable, Deployment
 from repghost.export.equalization import equalize
-from repghost.export.formats import executorch, litert, onnx, openvino
+from repghost.export.formats import executorch, litert, ncnn, onnx, openvino
 from repghost.export.options import OLDEST_OPSET
 from repghost.export.runtimes import quiet
 from repghost.images import Preprocessing
@@ -33,14 +33,16 @@ TRAINING, TIMM, FUSED = "training", "timm_reparameterized", "fused"
 FORMS = (TRAINING, TIMM, FUSED)
 TORCH = ("eager", "compiled")  # the backends that know memory formats
 # The backends that run exported files, and their formats.
-RUNTIMES: dict[str, Any] = {"onnxruntime": onnx, "executorch": executorch, "openvino": openvino, "litert": litert}
-ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml", litert: ".tflite"}
+RUNTIMES: dict[str, Any] = {
+    "onnxruntime": onnx, "executorch": executorch, "openvino": openvino, "litert": litert, "ncnn": ncnn,
+}  # fmt: skip
+ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml", litert: ".tflite", ncnn: ".ncnn.param"}
 INT8 = " int8"  # after the name of a backend
 PACKAGES = {
     "eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch",
-    "openvino": "openvino", "litert": "ai-edge-litert",
+    "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn",
 }  # fmt: skip
-PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES if name != "litert"}
+PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES if name not in ("litert", "ncnn")}
 CONTIGUOUS = "contiguous"
 MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_ROUNDS = 3  # however long they take
@@ -127,9 +129,9 @@ class Exports:
         self._folder, self._image_size = folder, image_size
 
     def of(self, network: Network, backend: str, batch: int) -> Path:
-        """The file for a backend and a batch; ONNX takes batches of any size, as timm exports it."""
+        """The file for a backend and a batch; ONNX takes batches of any size, as timm exports it, NCNN an image."""
         name, int8 = backend.removesuffix(INT8), backend.endswith(INT8)
-        form, free = RUNTIMES[name], name == "onnxruntime"
+        form, free, batch = RUNTIMES[name], name == "onnxruntime", 1 if name == "ncnn" else batch
         path = self._folder / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{ENDINGS[form]}"
         if not path.exists():
             precision: Any = "int8" if int8 else "float32"
@@ -172,7 +174,7 @@ def quantizable(network: Network) -> bool:
 
 def cannot_run(backend: str, device: torch.device) -> str | None:
     """Why a backend that is installed does not run on a device, None where it does."""
-    if backend.removesuffix(INT8) in ("executorch", "openvino", "litert") and device.type == "cuda":
+    if backend.removesuffix(INT8) in ("executorch", "openvino", "litert", "ncnn") and device.type == "cuda":
         return "its programs are for the CPU"
     if backend.removesuffix(INT8) == "onnxruntime":
         import onnxruntime

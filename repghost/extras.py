@@ -19,6 +19,7 @@ EXTRAS = {
     "openvino": ("openvino", "nncf"),
     "coreml": ("coremltools",),
     "litert": ("litert_torch", "ai_edge_litert", "flatbuffers"),
+    "ncnn": ("ncnn", "pnnx"),
     "tensorrt": ("tensorrt",),
 }  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_the_forms_are_one_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["onnxruntime", "executorch", "openvino", "compiled"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "executorch", "openvino", "ncnn", "compiled"])
 def test_other_backends(backend: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(PACKAGES[backend]) is None:
         pytest.skip(f"{backend} is not installed")

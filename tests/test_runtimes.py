@@ -1,9 +1,10 @@
 """The runtimes beside onnxruntime and ExecuTorch run an export as torch runs the fused network, INT8 nearly so.
 
-OpenVINO is tested everywhere; LiteRT where it is installed, TensorRT where a GPU is as well.
+OpenVINO and NCNN are tested everywhere; LiteRT where it is installed, TensorRT where a GPU is as well.
 """
 
 import json
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,19 +28,24 @@ NO_LITERT = pytest.mark.skipif(find_spec("litert_torch") is None, reason="the ex
 NO_TENSORRT = pytest.mark.skipif(
     find_spec("tensorrt") is None or not torch.cuda.is_available(), reason="TensorRT and a GPU are not here"
 )
-RUNTIMES = ["openvino", pytest.param("litert", marks=NO_LITERT), pytest.param("tensorrt", marks=NO_TENSORRT)]
+RUNTIMES = ["openvino", "ncnn", pytest.param("litert", marks=NO_LITERT), pytest.param("tensorrt", marks=NO_TENSORRT)]
+
+
+def batch_of(count: int, form: str) -> list[str]:
+    """The key for a format that has calls of several images."""
+    return [] if form == "ncnn" else [f"batch={count}"]
 
 
 @pytest.mark.parametrize("form", RUNTIMES)
 @torch.no_grad()
 def test_every_image_of_a_batch_gets_torchs_logits(half: Any, form: str) -> None:  # noqa: F811
     out = f"model{FORMATS[form].ending}"
-    assert exported(f"format={form}", "image_size=64", "batch=3", f"out={out}") == 0
+    assert exported(f"format={form}", "image_size=64", *batch_of(3, form), f"out={out}") == 0
     images = normalized(7, 64)  # a last batch that is not full
     found = open_as(form, Path(out))
     assert (found(images) - reparameterize(half)(images)).abs().max() < 1e-4
     described = open_file(out)
-    assert described.metadata["batch"] == 3 and described.metadata["image_size"] == 64
+    assert described.metadata["batch"] == (1 if form == "ncnn" else 3) and described.metadata["image_size"] == 64
     assert described.description.width == 0.5
 
 
@@ -103,7 +109,7 @@ def zero_points(path: str) -> list[str]:
 def test_evaluate_takes_the_file(half: Any, form: str, evaluate_with: Program, tmp_path: Path) -> None:  # noqa: F811
     data = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128)
     out = f"model{FORMATS[form].ending}"
-    assert exported(f"format={form}", "image_size=64", "batch=4", f"out={out}") == 0
+    assert exported(f"format={form}", "image_size=64", *batch_of(4, form), f"out={out}") == 0
     common = (f"data.root={data}", "image_size=64", "trainer=cpu", "data.workers=0")
     assert evaluate_with(f"weights={out}", *common) == 0
     assert evaluate_with("weights=w.safetensors", "width=0.5", *common) == 0
@@ -117,8 +123,23 @@ def test_openvino_preprocesses_photographs(half: Any, capsys: pytest.CaptureFixt
     assert "allowed 1.0e-04" in capsys.readouterr().out
 
 
-def test_a_file_without_its_weights_is_one_line(half: Any) -> None:  # noqa: F811
-    assert exported("format=openvino", "image_size=64", "out=model.xml") == 0
-    Path("model.bin").unlink()
-    with pytest.raises(UserError, match=r"model\.xml: its runtime cannot load it"):
-        open_file("model.xml")
+@pytest.mark.parametrize(
+    ("form", "line"), [("openvino", "its runtime cannot load it"), ("ncnn", "NCNN cannot load it")]
+)
+def test_a_file_without_its_weights_is_one_line(half: Any, form: str, line: str) -> None:  # noqa: F811
+    out = f"model{FORMATS[form].ending}"
+    assert exported(f"format={form}", "image_size=64", f"out={out}") == 0
+    Path(out).with_suffix(".bin").unlink()
+    with pytest.raises(UserError, match=re.escape(f"{out}: {line}")):
+        open_file(out)
+
+
+def test_a_network_that_its_converter_cannot_read_is_one_line(
+    half: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pnnx.EXEC_PATH", "false")
+    assert exported("format=ncnn", "image_size=64", "out=model.ncnn.param") == 2
+    assert capsys.readouterr().err == "error: pnnx could not convert the network: it ended with 1\n"
+    assert not [*Path().glob("*ncnn*")]

@@ -7,13 +7,13 @@
 
 A run of a detector (task=detection) is exported to ONNX: one image in, boxes after non-maximum suppression out.
 
-Formats: onnx, openvino (x86), executorch (XNNPACK, phones), litert (Android), tensorrt (NVIDIA's GPUs), coreml (iOS),
-torchscript, safetensors (the fused weights), hub (a folder for the Hugging Face hub). Every export is run by its own
-runtime on photographs and compared with torch before it appears at `out`; one that differs by too much is an error (see
-`repghost.export.check`). INT8 (onnx, openvino, executorch, tensorrt) takes its scales from images of `calibration` and
-prints what it costs on those of `check`: size, accuracy, time, the layers that lose most; where that is too much,
-`recipe=qat` trains on with the rounding. A file says of itself which width, classes, image size, crop and normalization
-it has. Check: `pytest tests/test_export.py tests/test_runtimes.py tests/test_quantize.py`.
+Formats: onnx, openvino (x86), executorch (XNNPACK, phones), litert (Android), ncnn (phones), tensorrt (NVIDIA's GPUs),
+coreml (iOS), torchscript, safetensors (the fused weights), hub (a folder for the Hugging Face hub). Every export is run
+by its own runtime on photographs and compared with torch before it appears at `out`; one that differs by too much is an
+error (see `repghost.export.check`). INT8 (onnx, openvino, executorch, tensorrt) takes its scales from images of
+`calibration` and prints what it costs on those of `check`: size, accuracy, time, the layers that lose most; where that
+is too much, `recipe=qat` trains on with the rounding. A file says of itself which width, classes, image size, crop and
+normalization it has. Check: `pytest tests/test_export.py tests/test_runtimes.py tests/test_quantize.py`.
 """
 
 from collections.abc import Sequence
@@ -51,6 +51,7 @@ FORMATS = {
     "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, ("executorch.exir", "torchao")),
     "openvino": Format(".xml", _NETWORK | _INT8 | {"input_size"}, ("openvino",), ("nncf",), (".bin",)),
     "litert": Format(".tflite", _NETWORK | {"input_size"}, ("litert_torch",)),
+    "ncnn": Format(".ncnn.param", _WEIGHTS | {"softmax"}, ("ncnn", "pnnx"), (), (".bin",)),
     "tensorrt": Format(".engine", _NETWORK | _INT8, (*_ONNX, "tensorrt"), (), (".json",)),
     "torchscript": Format(".pt", _NETWORK | {"input_size"}),
     "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",)),
@@ -115,6 +116,6 @@ def read_options(arguments: Sequence[str]) -> Options:
         raise UserError(f"preprocess=true and input_size=HEIGHTxWIDTH go together: {what}")
     if options.batch == 0 and form in ("executorch", "litert"):
         raise UserError(f"batch=dynamic: {form} plans its memory in advance; give the number, batch=1")
-    if options.out is not None and options.out.suffix != FORMATS[form].ending:
+    if options.out is not None and not options.out.name.endswith(FORMATS[form].ending):
         raise UserError(f"out={options.out}: the name of a {form} file ends in {FORMATS[form].ending}")
     return options

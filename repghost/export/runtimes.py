@@ -28,7 +28,8 @@ from repghost.extras import how_to_install
 
 # Endings of the files that can be evaluated and predict, and their formats.
 EXPORTED = {
-    ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino", ".tflite": "litert", ".engine": "tensorrt",
+    ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino", ".tflite": "litert", ".param": "ncnn",
+    ".engine": "tensorrt",
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def _size(options: Options, path: Path) -> int:
 def _deployment(options: Options, preprocessing: Preprocessing) -> Deployment:
     batch = options.batch
     if batch is None:
-        batch = 1 if options.format in ("executorch", "coreml", "litert") else 0
+        batch = 1 if options.format in ("executorch", "coreml", "litert", "ncnn") else 0
     precision: Any = "int8" if options.int8 else options.dtype
     return Deployment(preprocessing, batch or None, options.preprocess, options.input_size, options.softmax, precision)
 
