@@ -201,6 +201,7 @@ class Study:
         return 100 * float((logits.argmax(1) == self._labels).float().mean())
 
     def _variants(self, network: RepGhostNet) -> Iterator[tuple[str, Callable[[Path], ExportedModel]]]:
+        from nncf import QuantizationPreset
         from onnxruntime.quantization import CalibrationMethod
 
         def exported(
@@ -241,7 +242,12 @@ class Study:
         yield "ExecuTorch, squared error, equalized", exported(executorch, prepare=[equalize])
         yield "OpenVINO, NNCF", exported(openvino)
         yield "OpenVINO, NNCF, equalized", exported(openvino, prepare=[equalize])
-        yield "OpenVINO, NNCF, equalized, asymmetric", exported(openvino, prepare=[equalize], preset="mixed")
+        nncfs: dict[str, Any] = {"prepare": [equalize], "advanced_parameters": None}
+        yield "OpenVINO, NNCF's choices, equalized", exported(openvino, **nncfs)
+        yield (
+            "OpenVINO, NNCF's choices, equalized, asymmetric",
+            exported(openvino, **nncfs, preset=QuantizationPreset.MIXED),
+        )
 
 
 ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml"}
