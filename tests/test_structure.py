@@ -5,6 +5,7 @@ Only the check of imports runs the code, in a process of its own; everything els
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -103,6 +104,11 @@ def test_the_product_stays_small() -> None:
     assert sum(lines.values()) <= 12731
     assert sum(lines[path] for path in core) <= 6398
     assert sum(lines[path] for pattern in DETECTION for path in ROOT.glob(pattern)) <= 1578
+
+
+def test_the_files_that_contributing_names_are_there() -> None:
+    named = re.findall(r"`(\w[\w/]*/[\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 40 and not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_no_file_is_longer_than_300_lines() -> None:
