@@ -143,3 +143,11 @@ def test_a_network_that_its_converter_cannot_read_is_one_line(
     assert exported("format=ncnn", "image_size=64", "out=model.ncnn.param") == 2
     assert capsys.readouterr().err == "error: pnnx could not convert the network: it ended with 1\n"
     assert not [*Path().glob("*ncnn*")]
+
+
+def test_an_ncnn_file_of_others_is_one_line(half: Any) -> None:  # noqa: F811
+    assert exported("format=ncnn", "image_size=65", "out=model.ncnn.param") == 0
+    ours = Path("model.ncnn.param").read_text().splitlines()
+    Path("model.ncnn.param").write_text("\n".join(ours[:-1]))
+    with pytest.raises(UserError, match=r"model\.ncnn\.param: not written by repghost\.export"):
+        open_file("model.ncnn.param")

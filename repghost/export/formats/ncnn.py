@@ -48,4 +48,5 @@ def open_model(path: Path) -> ExportedModel:
         return torch.from_numpy(np.array(run.extract(logits)[1]))
 
     last = path.read_text().splitlines()[-1]
-    return ExportedModel(lambda images: torch.stack([of(each) for each in images]), json.loads(last))
+    metadata = json.loads(last) if last.startswith("{") else {}  # a file of others
+    return ExportedModel(lambda images: torch.stack([of(each) for each in images]), metadata)
