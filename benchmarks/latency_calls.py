@@ -24,7 +24,7 @@ from repghost.errors import UserError
 from repghost.export.deployable import Deployable, Deployment
 from repghost.export.equalization import equalize
 from repghost.export.formats import executorch, litert, ncnn, onnx, openvino
-from repghost.export.options import OLDEST_OPSET
+from repghost.export.options import FORMATS, OLDEST_OPSET, Format
 from repghost.export.runtimes import quiet
 from repghost.images import Preprocessing
 from repghost.reference import peers
@@ -36,13 +36,19 @@ TORCH = ("eager", "compiled")  # the backends that know memory formats
 RUNTIMES: dict[str, Any] = {
     "onnxruntime": onnx, "executorch": executorch, "openvino": openvino, "litert": litert, "ncnn": ncnn,
 }  # fmt: skip
-ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml", litert: ".tflite", ncnn: ".ncnn.param"}
+
+
+def _format(runtime: str) -> Format:
+    """What `repghost.export` knows of the files that a runtime runs."""
+    return FORMATS["onnx" if runtime == "onnxruntime" else runtime]
+
+
 INT8 = " int8"  # after the name of a backend
 PACKAGES = {
     "eager": "torch", "compiled": "torch", "onnxruntime": "onnxruntime", "executorch": "executorch",
     "openvino": "openvino", "litert": "ai-edge-litert", "ncnn": "ncnn",
 }  # fmt: skip
-PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES if name not in ("litert", "ncnn")}
+PACKAGES |= {f"{name}{INT8}": PACKAGES[name] for name in RUNTIMES if "int8" in _format(name).keys}
 CONTIGUOUS = "contiguous"
 MEMORY_FORMATS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 LEAST_ROUNDS = 3  # however long they take
@@ -132,7 +138,10 @@ class Exports:
         """The file for a backend and a batch; ONNX takes batches of any size, as timm exports it, NCNN an image."""
         name, int8 = backend.removesuffix(INT8), backend.endswith(INT8)
         form, free, batch = RUNTIMES[name], name == "onnxruntime", 1 if name == "ncnn" else batch
-        path = self._folder / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{ENDINGS[form]}"
+        path = (
+            self._folder
+            / f"{network.model}-{network.form}-{0 if free else batch}{'-int8' * int8}{_format(name).ending}"
+        )
         if not path.exists():
             precision: Any = "int8" if int8 else "float32"
             deployment = Deployment(Preprocessing(self._image_size), None if free else batch, precision=precision)
