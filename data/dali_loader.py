@@ -79,14 +79,19 @@ class DaliLoader:
         batches = timed(self._batches(epoch, first % len(self)), self)
         yield from within_budget(batches, self.options.skip_bad)
 
+    def close(self) -> None:
+        """Ends the pipeline and its processes; another epoch would start new ones."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Batch, list[str]]]:
         iteration = epoch * len(self) + first
         if self._stream is not None:
             ahead = iteration - self._stream.iteration
             # Every epoch of an evaluation is the same.
             if ahead % len(self) if isinstance(self.crops, CenterCrops) else ahead:
-                self._stream.close()
-                self._stream = None
+                self.close()
         if self._stream is None:
             self._stream = _Stream(self.crops, self.options, self._gpu, iteration)
         for number in range(first, len(self)):

@@ -96,7 +96,9 @@ class ImageNetData(ShardData[Index]):
         of_dali = {"hw_decoder_load": self.hw_decoder_load, "thread_affinity": self.thread_affinity}
         shared = self._options(plan, **of_dali, **options)
         device = self._trainer.strategy.root_device
-        return DaliLoader(crops, shared, device.index) if plan.loader == "dali" else TorchLoader(crops, shared)
+        return self._opened(
+            DaliLoader(crops, shared, device.index) if plan.loader == "dali" else TorchLoader(crops, shared)
+        )
 
     def decoder(self, on_gpu: bool) -> str:
         """What makes the pixels: DALI's kernels for a GPU differ from PIL's by a value or two, all else does not."""

@@ -13,12 +13,13 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from data.dali_loader import dali_installed
+from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index
 from data.loader_plan import LoaderPlan, plan_loader
 from data.reader import LoaderOptions, Timed
 from data.remote import download_shards, is_remote
 from data.sampling import RankSampler
+from data.torch_loader import BatchLoader
 from repghost.dataset import Batch, DataModule, DetectionBatch
 from repghost.errors import UserError, print_rank_zero
 from repghost.machine import cpus_per_rank
@@ -26,6 +27,7 @@ from repghost.machine import cpus_per_rank
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "show": ("train",)}  # of Lightning's stages and data.show
 
 AnyIndex = TypeVar("AnyIndex", bound=Index)
+AnyLoader = TypeVar("AnyLoader", bound=BatchLoader | DaliLoader)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,6 +50,7 @@ class ShardData(DataModule, Generic[AnyIndex]):
         self._indexes: dict[str, AnyIndex] = {}
         self._copies: torch.cuda.Stream | None = None
         self._loader_plan: LoaderPlan | None = None
+        self._loaders: list[BatchLoader | DaliLoader] = []  # of the stage that is running
 
     def _local_shards(self, splits: Sequence[str]) -> Path:
         """The folder of this machine that holds the shards of `splits`, which are downloaded if `root` is a URL."""
@@ -67,7 +70,18 @@ class ShardData(DataModule, Generic[AnyIndex]):
         """How many images of a split an epoch has."""
         return len(self.index(split))
 
+    def teardown(self, stage: str) -> None:
+        """Ends the processes of the loaders, when a stage of Lightning's has come to its end."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
+
     # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def _opened(self, loader: AnyLoader) -> AnyLoader:
+        """The same, which `teardown` closes."""
+        self._loaders.append(loader)
+        return loader
 
     def _sampler(self, split: str, batch_size: int) -> RankSampler:
         trainer, training = self._trainer, split == "train"

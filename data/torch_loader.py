@@ -67,6 +67,14 @@ class BatchLoader(DataLoader, Generic[AnyBatch]):
         self._batches_left[:] = [(epoch, batch) for batch in range(first % len(self), len(self))]
         yield from within_budget(timed(self._batches(), self), self._options.skip_bad)
 
+    def close(self) -> None:
+        """Ends the workers; another epoch would start new ones.
+
+        Left to Python's garbage collector, which closes their queues before it comes to the loader, they never hear
+        that they are to end: torch waits 10 s for each of them, and leaves them behind.
+        """
+        self._iterator = None
+
     def _batches(self) -> Iterator[tuple[AnyBatch, list[str]]]:
         if self.num_workers and self._iterator is None:
             self._check_shared_memory()

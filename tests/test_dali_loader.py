@@ -145,7 +145,7 @@ def test_reader_processes_change_no_batch(index: Index) -> None:
         for epoch in range(4, 20):
             where = (epoch, 0)
             list(mine)
-    mine._stream.close()  # type: ignore[union-attr]
+    mine.close()
     assert not any(process.is_alive() for process in pool.processes)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,13 @@ def data_module(root: Path, **options: Any) -> DetectionTraining:
     return data
 
 
+def training_batches(data: Any) -> list[DetectionBatch]:
+    """Those that are left of the epoch; the workers end with it, as Lightning has them do."""
+    found = list(data.train_dataloader())
+    data.teardown("fit")
+    return found
+
+
 def in_trainer(data: Any, rank: int = 0, ranks: int = 1, accumulate: int = 1, steps: int = 0) -> Any:
     """The data module as a trainer has it that has done so many steps."""
     data.trainer = SimpleNamespace(
@@ -178,9 +186,13 @@ def in_trainer(data: Any, rank: int = 0, ranks: int = 1, accumulate: int = 1, st
 
 
 def rows_of(batches: list[DetectionBatch]) -> dict[int, tuple[Any, ...]]:
-    """By position, everything of a row."""
+    """By position, everything of a row, with the shape and type of each tensor."""
+
+    def content(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, bytes]:
+        return tuple(tensor.shape), tensor.dtype, tensor.numpy().tobytes()
+
     return {
-        position: (image.tolist(), {name: tensor.tolist() for name, tensor in target.items()})
+        position: (content(image), {name: content(tensor) for name, tensor in target.items()})
         for batch in batches
         for image, target, position in zip(batch.images, batch.targets, batch.positions.tolist(), strict=True)
     }
@@ -189,7 +201,7 @@ def rows_of(batches: list[DetectionBatch]) -> dict[int, tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[int, tuple[Any, ...]]:
     """The first epoch of one process."""
-    return rows_of(list(in_trainer(data_module(root)).train_dataloader()))
+    return rows_of(training_batches(in_trainer(data_module(root))))
 
 
 @pytest.mark.parametrize(("ranks", "accumulate", "workers"), [(2, 1, 0), (4, 1, 0), (1, 2, 0), (1, 1, 2), (2, 2, 1)])
@@ -199,20 +211,31 @@ def test_rows_are_the_same_for_any_ranks_and_workers(
     found: dict[int, tuple[Any, ...]] = {}
     for rank in range(ranks):
         data = in_trainer(data_module(root, workers=workers), rank, ranks, accumulate)
-        found |= rows_of(list(data.train_dataloader()))
+        found |= rows_of(training_batches(data))
     assert found == alone and sorted(found) == list(range(20))
 
 
+def test_workers_end_with_the_stage(root: Path) -> None:
+    """And are not left to Python's garbage collector, under which torch waits 10 s for each of them."""
+    data, before = in_trainer(data_module(root, workers=1)), set(active_children())
+    loader = data.train_dataloader()
+    assert len(list(loader)) == 5 and len(set(active_children()) - before) == 1
+    data.teardown("fit")
+    assert set(active_children()) <= before
+    assert len(list(loader)) == 5, "it starts new ones"
+    loader.close()
+
+
 def test_epochs_and_seeds_differ(root: Path, alone: dict[int, tuple[Any, ...]]) -> None:
-    assert rows_of(list(in_trainer(data_module(root), steps=5).train_dataloader())) != alone
-    assert rows_of(list(in_trainer(data_module(root, seed=6)).train_dataloader())) != alone
+    assert rows_of(training_batches(in_trainer(data_module(root), steps=5))) != alone
+    assert rows_of(training_batches(in_trainer(data_module(root, seed=6)))) != alone
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_epoch_that_is_resumed_goes_on_with_the_same_batches(workers: int, root: Path) -> None:
     data = data_module(root, workers=workers)
-    whole = list(in_trainer(data, steps=5).train_dataloader())
-    rest = list(in_trainer(data_module(root, workers=workers), steps=7).train_dataloader())
+    whole = training_batches(in_trainer(data, steps=5))
+    rest = training_batches(in_trainer(data_module(root, workers=workers), steps=7))
     assert len(whole) == 5 and rows_of(rest) == rows_of(whole[2:])
     data.load_state_dict(data_module(root).state_dict())
     with pytest.raises(UserError, match="the val images are not those that this run began with"):
@@ -291,7 +314,7 @@ def test_evaluation_needs_no_training_images(root: Path, tmp_path: Path) -> None
 def test_images_without_objects_are_kept_or_left_out(root: Path) -> None:
     data = in_trainer(data_module(root, empty_images=False, augment=NOTHING))
     assert data.counts == (16, 7) and data.steps_per_epoch == 4
-    batches = list(data.train_dataloader())
+    batches = training_batches(data)
     assert len(batches) == 4 and all(len(t["boxes"]) for batch in batches for t in batch.targets)
     with pytest.raises(UserError, match="batch_size=17 is larger than the 16 training images"):
         _ = data_module(root, empty_images=False, batch_size=17).steps_per_epoch
@@ -323,10 +346,10 @@ def damaged(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_damaged_image_is_masked_within_the_budget(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
-    batches = list(in_trainer(data_module(damaged, skip_budget=0.05)).train_dataloader())
+    batches = training_batches(in_trainer(data_module(damaged, skip_budget=0.05)))
     positions = [p for batch in batches for p in batch.positions.tolist()]
     assert positions.count(-1) == 1 and len(positions) == 20 and "skipped: train-000000.tar" in caplog.text
     with pytest.raises(BadImage, match=r"train-000000.tar: .*skip_budget allows 0"):
-        list(in_trainer(data_module(damaged)).train_dataloader())
+        training_batches(in_trainer(data_module(damaged)))
     with pytest.raises(BadImage, match=r"val-000000.tar: "):
         list(in_trainer(data_module(damaged, skip_budget=0.05)).val_dataloader())

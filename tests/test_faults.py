@@ -593,9 +593,12 @@ def test_a_header_that_changed_costs_no_image(copy: Path, tmp_path: Path) -> Non
 def test_a_fault_in_a_worker_process_is_the_same_line(copy: Path, tmp_path: Path) -> None:
     index = load_index(copy, "train", tmp_path / "cache")
     (copy / SHARD).unlink()
+    loader = training(TorchLoader, index, skip_bad=2, workers=1)
     with pytest.raises(BadImage, match=rf"^{SHARD}: .*No such file") as error:
-        list(training(TorchLoader, index, skip_bad=2, workers=1))
+        list(loader)
     one_line(error)
+    del error  # whose traceback holds the iterator
+    loader.close()
 
 
 def test_a_process_ends_though_its_workers_ignore_signals(shards: Path, tmp_path: Path) -> None:
