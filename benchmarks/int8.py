@@ -34,6 +34,7 @@ from repghost.export.check import inputs_of
 from repghost.export.deployable import Deployable, Deployment
 from repghost.export.equalization import equalize, links, rescale
 from repghost.export.formats import executorch, onnx, openvino
+from repghost.export.options import FORMATS
 from repghost.export.photographs import read_photographs
 from repghost.export.runtimes import ExportedModel, quiet
 from repghost.images import Preprocessing
@@ -213,12 +214,13 @@ class Study:
                 inputs, model = self._all[:count], network
                 for step in prepare:
                     model = step(model, inputs)
-                batch, precision = None if form is onnx else FIXED, "int8" if count else "float32"
+                kind = FORMATS[form.__name__.rpartition(".")[2]]
+                batch, precision = FIXED if kind.planned else None, "int8" if count else "float32"
                 if batch and inputs:
                     inputs = list(torch.cat([*inputs]).split(batch))
                 deployment = Deployment(self._preprocessing, batch)
                 metadata = {"batch": batch or 0, "precision": precision}
-                path = folder / f"model{ENDINGS[form]}"
+                path = folder / f"model{kind.ending}"
                 with quiet():
                     module = Deployable.of(model, deployment)
                     form.write(module, deployment, path, metadata, calibration=inputs, **quantizer)
@@ -248,9 +250,6 @@ class Study:
             "OpenVINO, NNCF's choices, equalized, asymmetric",
             exported(openvino, **nncfs, preset=QuantizationPreset.MIXED),
         )
-
-
-ENDINGS = {onnx: ".onnx", executorch: ".pte", openvino: ".xml"}
 
 
 def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

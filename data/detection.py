@@ -139,8 +139,8 @@ class DetectionData(ShardData[CocoIndex]):
         # Each tensor of a batch is an open file on its way out of a worker.
         ready = plan.workers * plan.prefetch + BATCHES_IN_USE
         allow_open_files(len(batches.index.shards) + 4 * batches.sampler.batch_size * ready)
-        options = self._options(plan, **options)
-        return self._opened(BatchLoader(batches, options, batches.sampler.batches, batches.batch_bytes()))
+        whole = self._options(plan, **options)
+        return self._opened(BatchLoader(batches, whole, batches.sampler.batches, batches.batch_bytes()))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -30,13 +30,15 @@ _WEIGHTS = _HUB | {"weights", "width", "image_size", "crop_fraction", "check"}
 _NETWORK = _WEIGHTS | {"batch", "dtype", "softmax", "preprocess"}
 _DETECTOR = _HUB | {"opset", "check"}
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_EXECUTORCH = ("executorch.exir", "torchao")
 _INT8 = {"int8", "calibration", "calibration_images"}
 
 
 class Format(NamedTuple):
     """A format: how its files end, which keys it reads, and what has to be installed, in the order of asking.
 
-    beside: endings of further files with the same name.
+    beside: endings of further files with the same name. batch: images of a call where batch= is not given, 0 for any
+    number; planned: whether it is part of the file, so that no file takes any number.
     """
 
     ending: str
@@ -44,17 +46,19 @@ class Format(NamedTuple):
     packages: tuple[str, ...] = ()
     int8_packages: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    batch: int = 0
+    planned: bool = False
 
 
 FORMATS = {
     "onnx": Format(".onnx", _NETWORK | _INT8 | {"opset"}, _ONNX),
-    "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, ("executorch.exir", "torchao")),
+    "executorch": Format(".pte", _NETWORK | _INT8 | {"input_size"}, _EXECUTORCH, batch=1, planned=True),
     "openvino": Format(".xml", _NETWORK | _INT8 | {"input_size"}, ("openvino",), ("nncf",), (".bin",)),
-    "litert": Format(".tflite", _NETWORK | {"input_size"}, ("litert_torch",)),
-    "ncnn": Format(".ncnn.param", _WEIGHTS | {"softmax"}, ("ncnn", "pnnx"), (), (".bin",)),
-    "tensorrt": Format(".engine", _NETWORK | _INT8, (*_ONNX, "tensorrt"), (), (".json",)),
+    "litert": Format(".tflite", _NETWORK | {"input_size"}, ("litert_torch",), batch=1, planned=True),
+    "ncnn": Format(".ncnn.param", _WEIGHTS | {"softmax"}, ("ncnn", "pnnx"), beside=(".bin",), batch=1, planned=True),
+    "tensorrt": Format(".engine", _NETWORK | _INT8, (*_ONNX, "tensorrt"), beside=(".json",)),
     "torchscript": Format(".pt", _NETWORK | {"input_size"}),
-    "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",)),
+    "coreml": Format(".mlpackage", _NETWORK | {"input_size"}, ("coremltools",), batch=1),
     "safetensors": Format(".safetensors", _WEIGHTS),
     "hub": Format("", _HUB | {"calibration", "calibration_images"}, _ONNX),
 }
@@ -114,7 +118,7 @@ def read_options(arguments: Sequence[str]) -> Options:
     if form not in ("onnx", "safetensors") and options.preprocess != (options.input_size is not None):
         what = f"a {form} file takes photographs of one size"
         raise UserError(f"preprocess=true and input_size=HEIGHTxWIDTH go together: {what}")
-    if options.batch == 0 and form in ("executorch", "litert"):
+    if options.batch == 0 and FORMATS[form].planned:
         raise UserError(f"batch=dynamic: {form} plans its memory in advance; give the number, batch=1")
     if options.out is not None and not options.out.name.endswith(FORMATS[form].ending):
         raise UserError(f"out={options.out}: the name of a {form} file ends in {FORMATS[form].ending}")

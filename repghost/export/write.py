@@ -134,9 +134,7 @@ def _size(options: Options, path: Path) -> int:
 
 
 def _deployment(options: Options, preprocessing: Preprocessing) -> Deployment:
-    batch = options.batch
-    if batch is None:
-        batch = 1 if options.format in ("executorch", "coreml", "litert", "ncnn") else 0
+    batch = FORMATS[options.format].batch if options.batch is None else options.batch
     precision: Any = "int8" if options.int8 else options.dtype
     return Deployment(preprocessing, batch or None, options.preprocess, options.input_size, options.softmax, precision)
 
