@@ -5,6 +5,7 @@ OpenVINO and NCNN are tested everywhere; LiteRT where it is installed, TensorRT 
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from helpers import photographs as normalized
 from helpers import run_script
 from images import make_class_folders
 from test_evaluation import rows, validation_shards
-from test_export import exported, half, saved_half  # noqa: F401
+from test_export import command, exported, half, saved_half  # noqa: F401
 
 from repghost import reparameterize
 from repghost.errors import UserError
@@ -36,6 +37,22 @@ def batch_of(count: int, form: str) -> list[str]:
     return [] if form == "ncnn" else [f"batch={count}"]
 
 
+@pytest.fixture(scope="module")
+def shared(saved_half: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:  # noqa: F811
+    """Exports the network to a format once, for all tests; returns the file, copied into the current folder."""
+    folder, (_, weights) = tmp_path_factory.mktemp("exports"), saved_half
+
+    def copied(form: str) -> Path:
+        out = folder / f"model{FORMATS[form].ending}"
+        if not out.exists():
+            assert command(f"weights={weights}", "width=0.5", f"format={form}", "image_size=64", f"out={out}") == 0
+        for file in (out, *map(out.with_suffix, FORMATS[form].beside)):
+            shutil.copy(file, file.name)
+        return Path(out.name)
+
+    return copied
+
+
 @pytest.mark.parametrize("form", RUNTIMES)
 @torch.no_grad()
 def test_every_image_of_a_batch_gets_torchs_logits(half: Any, form: str) -> None:  # noqa: F811
@@ -51,18 +68,16 @@ def test_every_image_of_a_batch_gets_torchs_logits(half: Any, form: str) -> None
 
 @pytest.mark.parametrize("form", ["openvino", pytest.param("tensorrt", marks=NO_TENSORRT)])
 @torch.no_grad()
-def test_a_batch_of_any_size(half: Any, form: str) -> None:  # noqa: F811
-    out = f"model{FORMATS[form].ending}"
-    assert exported(f"format={form}", "image_size=64", f"out={out}") == 0
-    model = open_as(form, Path(out))
+def test_a_batch_of_any_size(half: Any, form: str, shared: Callable[[str], Path]) -> None:  # noqa: F811
+    model = open_as(form, shared(form))
     for count in (1, 5):
         images = normalized(count, 64)
         assert (model(images) - reparameterize(half)(images)).abs().max() < 1e-4
 
 
-def test_signals_are_handled_after_openvino(half: Any) -> None:  # noqa: F811
+def test_signals_are_handled_after_openvino(half: Any, shared: Callable[[str], Path]) -> None:  # noqa: F811
     """Its stack for signal handlers must not be gone: a program would end at the first signal, without a word."""
-    assert exported("format=openvino", "image_size=64", "out=model.xml") == 0
+    shared("openvino")
     script = f"""
 import gc, os, signal
 from pathlib import Path
@@ -106,10 +121,14 @@ def zero_points(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", RUNTIMES)
-def test_evaluate_takes_the_file(half: Any, form: str, evaluate_with: Program, tmp_path: Path) -> None:  # noqa: F811
-    data = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128)
-    out = f"model{FORMATS[form].ending}"
-    assert exported(f"format={form}", "image_size=64", *batch_of(4, form), f"out={out}") == 0
+def test_evaluate_takes_the_file(
+    half: Any,  # noqa: F811
+    form: str,
+    shared: Callable[[str], Path],
+    evaluate_with: Program,
+    tmp_path: Path,
+) -> None:
+    data, out = validation_shards(tmp_path, tuple("abcdefghij"), 25, 64, 128), shared(form)
     common = (f"data.root={data}", "image_size=64", "trainer=cpu", "data.workers=0")
     assert evaluate_with(f"weights={out}", *common) == 0
     assert evaluate_with("weights=w.safetensors", "width=0.5", *common) == 0
@@ -126,12 +145,16 @@ def test_openvino_preprocesses_photographs(half: Any, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("form", "line"), [("openvino", "its runtime cannot load it"), ("ncnn", "NCNN cannot load it")]
 )
-def test_a_file_without_its_weights_is_one_line(half: Any, form: str, line: str) -> None:  # noqa: F811
-    out = f"model{FORMATS[form].ending}"
-    assert exported(f"format={form}", "image_size=64", f"out={out}") == 0
-    Path(out).with_suffix(".bin").unlink()
+def test_a_file_without_its_weights_is_one_line(
+    half: Any,  # noqa: F811
+    form: str,
+    line: str,
+    shared: Callable[[str], Path],
+) -> None:
+    out = shared(form)
+    out.with_suffix(".bin").unlink()
     with pytest.raises(UserError, match=re.escape(f"{out}: {line}")):
-        open_file(out)
+        open_file(str(out))
 
 
 def test_a_network_that_its_converter_cannot_read_is_one_line(
