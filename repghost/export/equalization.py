@@ -4,9 +4,12 @@ INT8 has one scale for all channels of a tensor. Where BatchNorm has left some o
 others, the small ones are rounded away. Between two convolutions, with at most a ReLU in between, a channel can be made
 larger in the first and smaller in the second, and nothing else changes (Nagel et al., arXiv 1906.04721, section 4.1).
 Where the second is depthwise, with a scale for each channel, that costs it nothing, and all channels are given the same
-range. A dense one has a scale for each output, of all its channels: what the activations gain its weights lose. Of
+size. A dense one has a scale for each output, of all its channels: what the activations gain its weights lose. Of
 several compromises (those of SmoothQuant, arXiv 2211.10438, and no change) the one with the least error is taken.
 Factors are powers of 2, so that float32 gives the same bits as before.
+
+The size of a channel is that of what its layers write, before a ReLU. Behind it, a channel that few images let through
+looks small, and made larger it would be cut off for those that do.
 Check: `pytest tests/test_quantize.py`; `python benchmarks/int8.py` measures what it gains.
 """
 
@@ -106,9 +109,10 @@ def equalize(model: RepGhostNet, batches: Sequence[Tensor]) -> RepGhostNet:
     """
     model = copy.deepcopy(model)
     found = list(links(model))
-    inputs = _inputs(model, {reader for link in found for reader in link.readers}, batches)
+    inputs, written = _seen(model, found, batches)
     for link in found:
-        rescale(link, _factors(link.readers, [inputs[reader] for reader in link.readers]))
+        largest = torch.stack([written[writer] for writer in link.writers]).amax(0)
+        rescale(link, _factors(link.readers, [inputs[reader] for reader in link.readers], largest))
     return model
 
 
@@ -123,28 +127,38 @@ def rescale(link: Link, factors: Tensor) -> None:
         reader.weight.div_(factors.view(_along_inputs(reader)))
 
 
-def _inputs(model: RepGhostNet, layers: set[Layer], batches: Sequence[Tensor]) -> dict[Layer, Inputs]:
-    found: dict[Layer, Inputs] = {}
+def _seen(
+    model: RepGhostNet, found: Sequence[Link], batches: Sequence[Tensor]
+) -> tuple[dict[Layer, Inputs], dict[Layer, Tensor]]:
+    """What each reader gets, and the largest size of every channel that a writer writes, [C]."""
+    inputs: dict[Layer, Inputs] = {}
+    written: dict[Layer, Tensor] = {}
 
-    def look(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+    def read(layer: Any, arguments: tuple[Tensor, ...]) -> None:
         seen = Inputs(arguments[0])
-        if layer in found:
-            found[layer].add(seen)
+        if layer in inputs:
+            inputs[layer].add(seen)
         else:
-            found[layer] = seen
+            inputs[layer] = seen
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    def write(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
+        largest = output.abs().transpose(0, 1).flatten(1).amax(1)
+        written[layer] = torch.maximum(written.get(layer, largest), largest)
+
+    hooks = [reader.register_forward_pre_hook(read) for reader in {reader for link in found for reader in link.readers}]
+    hooks += [writer.register_forward_hook(write) for link in found for writer in link.writers]
     for images in batches:
         model(images)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs, written
 
 
-def _factors(readers: Sequence[Layer], inputs: Sequence[Inputs]) -> Tensor:
-    """What to multiply each channel by, [C], powers of 2."""
+def _factors(readers: Sequence[Layer], inputs: Sequence[Inputs], written: Tensor) -> Tensor:
+    """What to multiply each channel by, [C], powers of 2. written: its largest size before a ReLU, [C]."""
     both = list(zip(readers, inputs, strict=True))
-    largest = torch.stack([torch.maximum(-one.low, one.high) for one in inputs]).amax(0)
+    # What is read may be larger: a sum with a block's input.
+    largest = torch.stack([written, *(torch.maximum(-one.low, one.high) for one in inputs)]).amax(0)
     dense = [reader.weight.flatten(1).abs().amax(0) for reader in readers if not _is_depthwise(reader)]
     if not dense:
         # Rounded down: the largest channel, which decides the scale, stays as it is, and none gets a coarser one.
