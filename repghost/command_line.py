@@ -8,10 +8,12 @@ Check: `pytest tests/test_schema.py -k command_line`.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -29,6 +31,7 @@ from repghost.schema.help import task_of, task_of_choice
 CONF = Path(__file__).parents[1] / "conf"
 
 _OVERRIDE = re.compile(r"(\+{0,2})([^+~=@][^=@]*)=(.*)", re.DOTALL)  # prefix, key, value
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # a key whose value is that of another one
 _COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
 
 
@@ -58,7 +61,7 @@ def read_command_line(program: str, arguments: Sequence[str]) -> tuple[list[str]
     found = parser.parse_intermixed_args(arguments)
     flags = [argument for argument in arguments if argument not in found.overrides]
     sweeping = found.multirun or any(o.lower() == "hydra.mode=multirun" for o in found.overrides)
-    overrides = [read_override(override, keys(program), sweeping) for override in found.overrides]
+    overrides = [read_override(override, program, sweeping) for override in found.overrides]
     return flags, overrides, sweeping
 
 
@@ -72,17 +75,22 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{shown(message)}; --help and --hydra-help list what there is")
 
 
-def read_override(argument: str, known: Mapping[str, Key], sweeping: bool) -> str:
+def read_override(argument: str, program: str, sweeping: bool) -> str:
     """One override as Hydra takes it. Raises UserError for one that Hydra cannot read, or whose key does not exist."""
+    known = keys(program)
     try:
         argument.encode()
     except UnicodeEncodeError:
         raise UserError(f"{shown(argument)}: not UTF-8, rename it") from None
+    name = argument.lstrip("+~").partition("=")[0]
+    is_known = name in known or _is_open(name, known) or name.startswith("hydra") or "/" in name
+    if not is_known and (source := _sources(program).get(name)):
+        raise UserError(f"{name} has the value of {source}: give {source}=VALUE")
     if match := _OVERRIDE.fullmatch(argument):
         prefix, name, value = match.groups()
         if name in known and known[name].format:
             argument = f"{prefix}{name}={_as_typed(value, known[name].format == 'path', sweeping)}"
-        elif not (prefix or name in known or _is_open(name, known) or name.startswith("hydra") or "/" in name):
+        elif not (prefix or is_known):
             raise UserError(unknown_key(shown(argument), name, known))
     elif "=" not in argument and not argument.startswith("~"):
         raise UserError(f"{shown(argument)}: neither KEY=VALUE nor a flag; --help lists all keys")
@@ -133,7 +141,7 @@ def _parse(argument: str) -> Override | None:
 
 def compose_config(program: str, overrides: Sequence[str]) -> DictConfig:
     """The config of `program`, checked, for other commands that take its overrides. Raises UserError for a mistake."""
-    taken = [read_override(override, keys(program), sweeping=False) for override in overrides]
+    taken = [read_override(override, program, sweeping=False) for override in overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"), choices_listed():
         config = compose(program, taken)
     check_config(program, config, taken)
@@ -152,6 +160,35 @@ def choices_listed() -> Iterator[None]:
         raise UserError(f"{group}={shown(choice)}: give one of {', '.join(error.options)}") from None
 
 
+def _sources(program: str) -> dict[str, str]:
+    """The keys that have the value of another one by conf/, and of which one."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(program)
+    return dict(_references(OmegaConf.to_container(config), ""))
+
+
+def _references(values: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """Arguments of what is built (`_target_`) that are other keys, and which."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _references(value, f"{prefix}{name}.")
+        elif "_target_" in values and isinstance(value, str) and (match := _REFERENCE.fullmatch(value)):
+            yield prefix + name, match[1]
+
+
+def own_values(program: str, config: DictConfig, given: Collection[str] = ()) -> dict[str, Any]:
+    """The values of a composed config, resolved, without those keys that only have the value of another one.
+
+    given: the keys on the command line, which stay.
+    """
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    for name, _ in _references(OmegaConf.to_container(config), ""):
+        if name not in keys(program) and name not in given:
+            *parts, last = name.split(".")
+            del reduce(getitem, parts, values)[last]
+    return dict(values)
+
+
 def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> None:
     """Raises UserError for the first value of a composed config that cannot be meant, or that a training lacks.
 
@@ -165,12 +202,10 @@ def check_config(program: str, config: DictConfig, overrides: Sequence[str]) -> 
         if (task := task_of_choice(group, choice, CONF)) and task != task_of(program):
             raise UserError(f"{shown(argument)}: for task={task}, not for task={task_of(program)}")
     try:
-        values = OmegaConf.to_container(checked, resolve=True)
+        check_values(program, own_values(program, checked, given), given)
     except InterpolationKeyError as error:
         problem = str(error.msg).partition("\n")[0]
         raise UserError(f"{error.full_key}: {problem}: a choice of the command is for another task") from None
-    assert isinstance(values, dict)
-    check_values(program, {str(key): value for key, value in values.items()}, given)
     if program.startswith("evaluate"):  # an evaluation may take from its run what is missing here
         return
     if missing := sorted(OmegaConf.missing_keys(checked)):

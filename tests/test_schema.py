@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from data.rand_augment import MAX_OPERATIONS
-from repghost.command_line import CONF, compose_config, program_of, read_command_line, read_override
+from repghost.command_line import CONF, compose_config, own_values, program_of, read_command_line, read_override
 from repghost.detection.backbone import Norm
 from repghost.detection.detectors import Name
 from repghost.detection.reports import REPORTS as DETECTION_REPORTS
@@ -109,15 +109,15 @@ TRIED = {
 def test_every_key_refuses_what_cannot_be_meant(program: str) -> None:
     known, parser = keys(program), OverridesParser.create()
     loggers = ("csv", "wandb", "tensorboard") if not program.startswith("evaluate") else ()
-    contents = {name: OmegaConf.to_container(composed(program, f"logger={name}"), resolve=True) for name in loggers}
-    contents[""] = OmegaConf.to_container(composed(program), resolve=True)
+    contents = {name: own_values(program, composed(program, f"logger={name}")) for name in loggers}
+    contents[""] = own_values(program, composed(program))
     for _, key, value in sorted(row for row in TRIED if row[0] == program):
         logger = re.match("logger=([a-z]*)", known[key].sentence)
         part = values = copy.deepcopy(contents[logger[1] if logger else ""])
         *parts, last = key.split(".")
         for name in parts:
             part = part[name]
-        part[last] = parser.parse_override(read_override(f"{key}={value}", known, sweeping=False)).value()
+        part[last] = parser.parse_override(read_override(f"{key}={value}", program, sweeping=False)).value()
         try:
             check_values(program, values, [key])
         except UserError as error:
@@ -136,14 +136,17 @@ def test_the_table_is_as_long_as_the_schema() -> None:
 def test_schema_and_conf_have_the_same_keys(program: str) -> None:
     choices = [[], ["logger=wandb"], ["logger=tensorboard"]] if not program.startswith("evaluate") else [[]]
     configs = [composed(program, *choice) for choice in choices]
-    in_conf = {key for config in configs for key in flat(OmegaConf.to_container(config, resolve=False))}
+    in_conf = {key for config in configs for key in flat(own_values(program, config))}
     parts = {key for key, entry in keys(program).items() if entry.is_part}
     assert in_conf - parts == keys(program).keys() - parts
-    for key, entry in keys(program).items():
-        value = OmegaConf.to_container(configs[0]).get(key.partition(".")[0])
-        for step in key.split(".")[1:]:
-            value = value.get(step) if isinstance(value, dict) else None
-        assert (f"${{{entry.follows}}}" == value) if entry.follows else not str(value).startswith("${"), key
+    raw = flat(OmegaConf.to_container(configs[0]))
+    assert not [key for key in keys(program).keys() - parts if str(raw.get(key)).startswith("${")]
+
+
+def test_only_arguments_of_what_is_built_may_be_other_keys() -> None:
+    """One that a recipe or data set has beside those is read by nothing."""
+    config = OmegaConf.create({"seed": 1, "recipe": {"foo": "${seed}"}, "data": {"_target_": "x", "seed": "${seed}"}})
+    assert own_values("train", config) == {"seed": 1, "recipe": {"foo": 1}, "data": {"_target_": "x"}}
 
 
 def test_choices_of_the_schema_are_those_of_the_code() -> None:
@@ -186,6 +189,10 @@ TOGETHER = [
     (["model.width=2"], "model.width has the value of width: give width=VALUE"),
     (["data.batch_size=8"], "data.batch_size has the value of batch_size: give batch_size=VALUE"),
     (["classifier.compile=true"], "classifier.compile has the value of compile"),
+    (["++model.width=3"], "model.width has the value of width: give width=VALUE"),
+    (["~data.image_size"], "data.image_size has the value of image_size: give image_size=VALUE"),
+    (["data={image_size:64}"], "data.image_size=64: no such key; did you mean image_size?"),
+    (["+recipe.foo=${seed}"], "recipe.foo=0: no such key"),
     (["data._target_=foo.bar"], "data._target_=foo.bar: not a class or function that can be imported"),
     (["model._target_=repghost.model.WIDTHS"], "model._target_=repghost.model.WIDTHS: not a class"),
     (["recipe.augment=null"], "recipe.augment=null: give recipe.augment.KEY=VALUE"),
@@ -291,9 +298,9 @@ def test_paths_are_what_was_typed() -> None:
             ("evaluate", "real_labels"),
         ):
             for sweeping in (False, True) if "," not in text else (False,):
-                override = read_override(f"{key}={text}", keys(program), sweeping)
+                override = read_override(f"{key}={text}", program, sweeping)
                 assert parser.parse_override(override).value() == text
-                assert read_override(override, keys(program), sweeping) == override, "a job of a sweep reads it again"
+                assert read_override(override, program, sweeping) == override, "a job of a sweep reads it again"
     everything = "".join(ODD)
     config = composed("train", f"data.root=/{everything}", f"data.cache={everything}", "output=1", "name=007")
     assert (config.data.root, config.data.cache, config.output, config.name) == (
@@ -358,7 +365,7 @@ def test_keys_may_have_dashes_as_agents_of_sweeps_write_them() -> None:
 def test_help_explains_every_key_and_choice(program: str) -> None:
     said = help_text(program, "What it does.", CONF)
     for key, entry in keys(program).items():
-        if not (entry.is_part or entry.follows or "._" in key):
+        if not (entry.is_part or "._" in key):
             (line,) = re.findall(rf"^  {re.escape(key)}(?:=.*?)?  .*", said, re.MULTILINE)
             assert entry.sentence and line.endswith(f"{entry.sentence} ({entry.words})")
     for file in CONF.glob("*/*.yaml"):

@@ -33,13 +33,11 @@ class Key(NamedTuple):
     """What the schema says of a key, or of a part with keys of its own (`is_part`).
 
     words: which values it takes. format: "path" or "text" where the value is what was typed, whatever it looks like.
-    follows: the key whose value it has.
     """
 
     sentence: str
     words: str
     format: str | None = None
-    follows: str | None = None
     is_part: bool = False
     is_open: bool = False  # takes other keys, too
 
@@ -60,8 +58,7 @@ def _keys(part: dict[str, Any], parts: dict[str, Any], prefix: str) -> Iterator[
         sentence = entry.get("description", "")
         if reference is None:
             formats = [variant["format"] for variant in variants if "format" in variant]
-            found = Key(sentence, _words(entry), formats[0] if formats else None, entry.get("follows"))
-            yield prefix + name, found
+            yield prefix + name, Key(sentence, _words(entry), formats[0] if formats else None)
         else:
             inner = parts[reference.rpartition("/")[2]]
             words = f"{'null, or ' if len(variants) > 1 else ''}{prefix}{name}.KEY=VALUE"
@@ -107,12 +104,10 @@ def command_of(program: str) -> str:
 def check_values(program: str, values: Mapping[str, Any], given: Collection[str]) -> None:
     """Raises UserError for the first value of a composed and resolved config that cannot be meant, by its key.
 
-    given: the keys on the command line. "???" stands for a value that is still missing.
+    values: without the keys that have the value of another one. given: the keys on the command line. "???" stands for a
+    value that is still missing.
     """
-    known = keys(program)
     for name in given:
-        if name in known and (source := known[name].follows):
-            raise UserError(f"{name} has the value of {source}: give {source}=VALUE")
         if name.endswith("._target_"):
             _require_importable(name, values)
     try:

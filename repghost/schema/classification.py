@@ -24,7 +24,6 @@ from repghost.schema.values import (
     Std,
     Target,
     Width,
-    follows,
     key,
 )
 
@@ -39,33 +38,17 @@ class ImageShards(Shards):
     hw_decoder_load: Share = key("dali on a GPU: share of a batch that its JPEG decoder takes, where it has one")
     thread_affinity: bool = key("dali on a GPU: keep the threads that decode on the cores of its socket")
     crop_fraction: ShareAboveZero = key("centre crop of evaluation, as a share of the resized image's shorter side")
-    loader: Any = follows("loader")
-    image_size: Any = follows("image_size")
 
 
 class MixedPairs(Part):
     target: Target
-    mixup: Any = follows("recipe.mix.mixup")
-    cutmix: Any = follows("recipe.mix.cutmix")
-    probability: Any = follows("recipe.mix.probability")
-    cutmix_share: Any = follows("recipe.mix.cutmix_share")
 
 
 class TrainingData(ImageShards):
     """`data` of conf/train.yaml."""
 
     skip_budget: Share = key("share of the training images that may be damaged in an epoch; validation has none")
-    batch_size: Any = follows("batch_size")
-    epochs: Any = follows("epochs")
-    train_image_size: Any = follows("train_image_size")
-    start_image_size: Any = follows("recipe.start_image_size")
-    full_size_epochs: Any = follows("recipe.full_size_epochs")
-    cycle_epochs: Any = follows("recipe.cycle_epochs")
-    scale: Any = follows("recipe.scale")
-    ratio: Any = follows("recipe.ratio")
     mix: MixedPairs
-    augment: Any = follows("recipe.augment")
-    seed: Any = follows("seed")
 
 
 class Normalization(Part):
@@ -82,20 +65,11 @@ class EvaluationData(ImageShards):
 
 class Model(Part):
     target: Target
-    width: Any = follows("width")
-    dropout: Any = follows("recipe.dropout")
 
 
 class Classifier(Part):
     target: Target
     partial: Partial
-    epochs: Any = follows("epochs")
-    batch_size: Any = follows("batch_size")
-    freeze_epochs: Any = follows("freeze_epochs")
-    channels_last: Any = follows("channels_last")
-    compile: Any = follows("compile")
-    compile_mode: Any = follows("compile_mode")
-    seed: Any = follows("seed")
 
 
 class Train(Training):

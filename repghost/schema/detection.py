@@ -3,7 +3,7 @@
 Check: `pytest tests/test_schema.py tests/test_detection_training.py`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,7 +21,6 @@ from repghost.schema.values import (
     Target,
     Width,
     ascending,
-    follows,
     key,
 )
 
@@ -68,7 +67,6 @@ class Detector(Part):
     partial: Partial
     convert: Convert
     name: Literal["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"] = key("of torchvision's detectors")
-    width: Any = follows("width")
     image_size: _Sizes = key(
         "pixels that an image is resized to; ssdlite: the side of a square",
         json_schema_extra={"words": "[SHORTER,LONGEST] side, or [SIDE], whole numbers from 32 to 4096"},
@@ -91,19 +89,11 @@ class DetectionTrainingData(Shards):
     masks: bool = key("read the objects' masks, which detector=mask_rcnn sets and learns from")
     skip_budget: Share = key("share of the training images that may be damaged in an epoch; validation has none")
     empty_images: bool = key("train on images without objects, too")
-    batch_size: Any = follows("batch_size")
-    augment: Any = follows("recipe.augment")
-    seed: Any = follows("seed")
 
 
 class Module(Part):
     target: Target
     partial: Partial
-    detector: Any = follows("detector.name")
-    width: Any = follows("width")
-    epochs: Any = follows("epochs")
-    batch_size: Any = follows("batch_size")
-    seed: Any = follows("seed")
 
 
 class TrainDetection(Training):

@@ -1,7 +1,8 @@
 """The keys of train.py and evaluate.py that all tasks share: types, ranges, choices, and a sentence on each for --help.
 
 The keys of a task are beside it, in classification.py and detection.py. They mirror what Hydra composes from conf/; the
-values themselves are in conf/ alone. A key that `follows` another takes its value from there.
+values themselves are in conf/ alone. So are the keys that have the value of another one there, `${...}`, and cannot be
+given: they are not here.
 Check: `pytest tests/test_schema.py`.
 """
 
@@ -23,7 +24,6 @@ from repghost.schema.values import (
     ShareBelowOne,
     Target,
     Text,
-    follows,
     key,
     optional,
 )
@@ -60,8 +60,6 @@ class Devices(Part):
     num_nodes: Annotated[int, Field(ge=1, le=65536)] = key("machines")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = key("of PyTorch in a CPU process; null: one a core, at most")
     timeout_minutes: Annotated[float, Field(gt=0, le=43200)] = key("how long a rank waits for the others")
-    precision: Any = follows("precision")
-    deterministic: Any = follows("deterministic")
 
 
 class SGDRecipe(Part):
@@ -80,10 +78,6 @@ class SGDRecipe(Part):
 
 class TrainingDevices(Devices):
     """`trainer` of conf/train.yaml."""
-
-    epochs: Any = follows("epochs")
-    batch_size: Any = follows("batch_size")
-    accumulate: Any = follows("accumulate")
 
 
 class Checkpoints(Part):

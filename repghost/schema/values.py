@@ -22,11 +22,6 @@ def optional() -> Any:
     return Field(None)
 
 
-def follows(source: str) -> Any:
-    """A key that has the value of `source` and cannot be given itself."""
-    return Field(json_schema_extra={"follows": source})
-
-
 def ascending(values: list[float]) -> list[float]:
     """Raises ValueError unless `values` ascend."""
     if values != sorted(values):
