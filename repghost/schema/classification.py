@@ -7,22 +7,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from repghost.schema.keys import Devices, Shards, Shared, Training
+from repghost.schema.keys import Built, BuiltLater, Devices, Shards, Shared, Training
 from repghost.schema.recipe import Recipe
 from repghost.schema.values import (
     Count,
     ImageSize,
     Loader,
     Mean,
-    Part,
-    Partial,
     Path,
     Processes,
     Report,
     Share,
     ShareAboveZero,
     Std,
-    Target,
     Width,
     key,
 )
@@ -40,36 +37,22 @@ class ImageShards(Shards):
     crop_fraction: ShareAboveZero = key("centre crop of evaluation, as a share of the resized image's shorter side")
 
 
-class MixedPairs(Part):
-    target: Target
-
-
 class TrainingData(ImageShards):
     """`data` of conf/train.yaml."""
 
     skip_budget: Share = key("share of the training images that may be damaged in an epoch; validation has none")
-    mix: MixedPairs
+    mix: Built
 
 
-class Normalization(Part):
+class Normalization(Built):
     """`data.augment` of conf/evaluate.yaml."""
 
-    target: Target
     mean: Mean = key("mean of each channel, of pixels in [0, 1]; with run= the run's")
     std: Std = key("standard deviation of each channel, of pixels in [0, 1]; with run= the run's")
 
 
 class EvaluationData(ImageShards):
     augment: Normalization
-
-
-class Model(Part):
-    target: Target
-
-
-class Classifier(Part):
-    target: Target
-    partial: Partial
 
 
 class Train(Training):
@@ -93,8 +76,8 @@ class Train(Training):
         "reduce-overhead: the compiled step as CUDA graphs, for GPUs that wait for the host; takes more memory"
     )
     data: TrainingData
-    model: Model
-    classifier: Classifier
+    model: Built
+    classifier: BuiltLater
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     train_image_size: ImageSize | None = key("the same in training only; null: image_size")
     recipe: Recipe

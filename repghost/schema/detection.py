@@ -7,18 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from repghost.schema.keys import Devices, SGDRecipe, Shards, Shared, Training
+from repghost.schema.keys import Built, BuiltLater, Devices, SGDRecipe, Shards, Shared, Training
 from repghost.schema.values import (
     Convert,
     Count,
-    Part,
-    Partial,
     Path,
     Positive,
     Share,
     ShareAboveZero,
     Shares,
-    Target,
     Width,
     ascending,
     key,
@@ -35,10 +32,9 @@ _Sizes = Annotated[
 ]
 
 
-class BoxAugment(Part):
+class BoxAugment(Built):
     """`recipe.augment`."""
 
-    target: Target
     flip: Share = key("probability of a horizontal flip")
     scale: _Scales = key("range of the factor by which an image is enlarged or reduced within its size; [1,1]: none")
     crop: Shares = key("range of the sides of a random window as shares of the image's; [1,1]: the whole image")
@@ -60,11 +56,9 @@ class DetectionRecipe(SGDRecipe):
     augment: BoxAugment
 
 
-class Detector(Part):
+class Detector(BuiltLater):
     """conf/detector."""
 
-    target: Target
-    partial: Partial
     convert: Convert
     name: Literal["retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", "fcos"] = key("of torchvision's detectors")
     image_size: _Sizes = key(
@@ -91,11 +85,6 @@ class DetectionTrainingData(Shards):
     empty_images: bool = key("train on images without objects, too")
 
 
-class Module(Part):
-    target: Target
-    partial: Partial
-
-
 class TrainDetection(Training):
     """conf/train_detection.yaml."""
 
@@ -105,7 +94,7 @@ class TrainDetection(Training):
     detector: Detector
     recipe: DetectionRecipe
     data: DetectionTrainingData
-    module: Module
+    module: BuiltLater
 
     @model_validator(mode="after")
     def _fit(self) -> Self:

@@ -29,6 +29,18 @@ from repghost.schema.values import (
 )
 
 
+class Built(Part):
+    """What is built from other keys alone."""
+
+    target: Target
+
+
+class BuiltLater(Built):
+    """The same, from what only the program knows, too."""
+
+    partial: Partial
+
+
 class Shared(Part):
     """What training and evaluation share: conf/base.yaml."""
 
@@ -48,11 +60,9 @@ class Shards(Part):
     eval_batch_size: Annotated[int, Field(ge=1, le=16384)] = key("images per device and batch in evaluation")
 
 
-class Devices(Part):
+class Devices(BuiltLater):
     """conf/trainer."""
 
-    target: Target
-    partial: Partial
     accelerator: Literal["auto", "cpu", "gpu"] = key("what to compute on; auto: GPUs where there are any")
     devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = key(
         "processes on this machine, one a device; auto: every GPU, one CPU process"
