@@ -1,15 +1,13 @@
 """The training step as it is compiled: one graph, once; the same numbers; memory; and the benchmarks about it."""
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import needs_compiler
+from helpers import needs_compiler, run_script
 from runs import PowerCut, cut_after
 from test_classifier import classifier_of
 from torch import nn
@@ -172,9 +170,7 @@ keep_freed_memory()
 pages()
 print(sum(pages() for _ in range(8)))
 """
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+    before, after = map(int, run_script(script).split())
     if not before:
         pytest.skip("this system does not count page faults")
     assert after < before / 2
