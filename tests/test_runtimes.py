@@ -21,8 +21,11 @@ from test_export import command, exported, half, saved_half  # noqa: F401
 
 from repghost import reparameterize
 from repghost.errors import UserError
+from repghost.export.deployable import Deployable, Deployment
+from repghost.export.formats import openvino
 from repghost.export.options import FORMATS
 from repghost.export.runtimes import open_as, open_file
+from repghost.images import Preprocessing
 
 Program = Callable[..., int]
 NO_LITERT = pytest.mark.skipif(find_spec("litert_torch") is None, reason="the extra litert is not installed")
@@ -118,6 +121,23 @@ def zero_points(path: str) -> list[str]:
             if not ((low == 0) | (abs(low + high) < 0.02 * abs(high))).all():
                 found.append(operation.get_friendly_name())
     return found
+
+
+@torch.no_grad()
+def test_a_channel_that_never_fires_costs_openvinos_others_no_levels(half: Any) -> None:  # noqa: F811
+    """BatchNorm may have left it weights that are hundreds of times as large."""
+    import openvino as runtime
+
+    model = reparameterize(half)
+    ghost = model.blocks[0][0].ghost1
+    ghost.primary_conv[0].weight[0] = ghost.primary_conv[0].bias[0] = 0
+    ghost.cheap_operation[0].weight[0] *= 5000
+    deployment = Deployment(Preprocessing(64), None)
+    openvino.write(Deployable.of(model, deployment), deployment, Path("model.xml"), {}, [normalized(4, 64)])
+    constants = [op for op in runtime.Core().read_model("model.xml").get_ops() if op.get_type_name() == "Constant"]
+    levels = [op.get_data() for op in constants if op.get_element_type() == runtime.Type.i8]
+    used = [abs(each.astype(int)).reshape(len(each), -1).max(1) for each in levels]
+    assert len(used) > 40 and all(((each >= 60) | (each == 0)).all() for each in used)
 
 
 @pytest.mark.parametrize("form", RUNTIMES)
