@@ -140,6 +140,7 @@ def test_values_of_no_network_are_refused(tiny: Any, name: str, value: float, sa
             use()
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_tensors_that_are_no_weights(tiny: Any) -> None:
     state = tiny.state_dict()
     for tensor in (torch.ones(3, 1280, dtype=torch.int8), torch.ones(3, 1280).to_sparse(), torch.ones(3, 1280) * 1j):
