@@ -75,6 +75,7 @@ def _code_of(error: BaseException) -> int:
         raise error
     with suppress(OSError):  # nobody may be left to read it
         print(line, file=sys.stderr, flush=True)
+    _leave_full_disks()
     return code
 
 
@@ -164,6 +165,15 @@ def _leave_closed_pipes() -> bool:
     for descriptor in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return bool(closed)
+
+
+def _leave_full_disks() -> None:
+    """Lets stdout and stderr lead nowhere if they take no more: Python flushes them at the end, and its code is 120."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def print_rank_zero(text: str) -> None:

@@ -76,6 +76,15 @@ def test_streams_that_are_closed_or_narrow() -> None:
         "print(1); sys.stdout.isatty(); print(2, file=sys.stderr)", begin="", preexec_fn=lambda: os.closerange(0, 3)
     )
     assert closed.wait() == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk(unbuffered: str) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        disk = start("print(1)", begin="", stdout=full)
-        assert "No space left on device" in disk.communicate()[1] and disk.returncode == 2
+        disk = start("print(1)", begin="", stdout=full, env=env)
+        _, err = disk.communicate()
+        assert err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
+        assert disk.returncode == 2
+        disk = start("raise errors['UserError']('x')", begin="", stderr=full, env=env)
+        assert disk.communicate()[0] == "" and disk.returncode == 2
