@@ -71,9 +71,13 @@ class BatchLoader(DataLoader, Generic[AnyBatch]):
         """Ends the workers; another epoch would start new ones.
 
         Left to Python's garbage collector, which closes their queues before it comes to the loader, they never hear
-        that they are to end: torch waits 10 s for each of them, and leaves them behind.
+        that they are to end: torch waits 10 s for each of them, and leaves them behind. Dropping the iterator is not
+        enough: after an error Lightning keeps whatever is assigned to any attribute of a DataLoader.
         """
-        self._iterator = None
+        iterator: Any = self._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._iterator = None
 
     def _batches(self) -> Iterator[tuple[AnyBatch, list[str]]]:
         if self.num_workers and self._iterator is None:
@@ -159,8 +163,9 @@ class CroppedBatches(Dataset):
 def _forget_workers(loader: DataLoader) -> None:
     """Ends the workers of a loader that lost one of them.
 
-    The only use of torch's private parts in `data`. Left alone, torch raises its error again, wherever the program is,
-    when the next process of any kind ends; and its own shutdown may wait for a lock that the dead worker held.
+    With `BatchLoader.close` the only use of torch's private parts in `data`. Left alone, torch raises its error again,
+    wherever the program is, when the next process of any kind ends; and its own shutdown may wait for a lock that the
+    dead worker held.
     """
     iterator: Any = loader._iterator
     if iterator._worker_pids_set:

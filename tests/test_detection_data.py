@@ -220,8 +220,9 @@ def test_workers_end_with_the_stage(root: Path) -> None:
     data, before = in_trainer(data_module(root, workers=1)), set(active_children())
     loader = data.train_dataloader()
     assert len(list(loader)) == 5 and len(set(active_children()) - before) == 1
+    held = vars(loader).copy()  # as Lightning keeps them after an error in a process
     data.teardown("fit")
-    assert set(active_children()) <= before
+    assert set(active_children()) <= before and held
     assert len(list(loader)) == 5, "it starts new ones"
     loader.close()
 

@@ -213,7 +213,7 @@ def test_the_private_parts_of_torch_that_are_used_exist(index: Index) -> None:
     loader = train_loader(index, workers=1)
     batches = iter(loader)
     next(batches)
-    for name in ("_worker_pids_set", "_shutdown", "_workers"):
+    for name in ("_worker_pids_set", "_shutdown", "_workers", "_shutdown_workers"):
         assert hasattr(loader._iterator, name), name
     assert callable(_remove_worker_pids)
 

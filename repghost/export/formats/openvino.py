@@ -125,13 +125,14 @@ def _openvino() -> tuple[ModuleType, Any]:
 
 
 def open_model(path: Path) -> ExportedModel:
-    """The file in OpenVINO, on the CPU: a network of float32 in float32, where its default may be bfloat16."""
+    """The file in OpenVINO, on the CPU; what is not in INT8 is computed in float32.
+
+    OpenVINO's default is bfloat16 on processors that have it, and fails where its kernels are kept from using that.
+    """
     _, core = _openvino()
     model = core.read_model(path)
     metadata = model.get_rt_info([_OWN]).value if model.has_rt_info([_OWN]) else {}
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    if metadata.get("precision") != "int8":
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(model, "CPU", settings)
 
     def call(images: Tensor) -> Tensor:
