@@ -124,38 +124,41 @@ def zero_points(path: str) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
 @torch.no_grad()
-def test_a_channel_that_never_fires_costs_openvinos_others_no_levels(half: Any) -> None:  # noqa: F811
-    """BatchNorm may have left it weights that are hundreds of times as large."""
-    import openvino as runtime
-
-    model = reparameterize(half)
+def quantized(saved_half: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """OpenVINO's INT8 of a network of which one channel never fires, and as BatchNorm may leave it has huge weights."""
+    model, out = reparameterize(saved_half[0]), tmp_path_factory.mktemp("int8") / "model.xml"
     ghost = model.blocks[0][0].ghost1
     ghost.primary_conv[0].weight[0] = ghost.primary_conv[0].bias[0] = 0
     ghost.cheap_operation[0].weight[0] *= 5000
     deployment = Deployment(Preprocessing(64), None)
-    openvino.write(Deployable.of(model, deployment), deployment, Path("model.xml"), {}, [normalized(4, 64)])
-    constants = [op for op in runtime.Core().read_model("model.xml").get_ops() if op.get_type_name() == "Constant"]
+    openvino.write(Deployable.of(model, deployment), deployment, out, {}, [normalized(4, 64)])
+    return out
+
+
+def test_a_channel_that_never_fires_costs_openvinos_others_no_levels(quantized: Path) -> None:
+    import openvino as runtime
+
+    constants = [op for op in runtime.Core().read_model(quantized).get_ops() if op.get_type_name() == "Constant"]
     levels = [op.get_data() for op in constants if op.get_element_type() == runtime.Type.i8]
     used = [abs(each.astype(int)).reshape(len(each), -1).max(1) for each in levels]
     assert len(used) > 40 and all(((each == 63) | (each == 0)).all() for each in used)
 
 
-@torch.no_grad()
-def test_openvinos_int8_is_the_same_on_a_processor_without_vnni(half: Any) -> None:  # noqa: F811
+def test_openvinos_int8_is_the_same_on_a_processor_without_vnni(quantized: Path) -> None:
     """Which adds products in 16 bits."""
-    images, deployment = normalized(4, 64), Deployment(Preprocessing(64), None, precision="int8")
-    openvino.write(Deployable.of(reparameterize(half), deployment), deployment, Path("model.xml"), {}, [images])
-    torch.save(images, "images.pt")
+    images = quantized.with_name("images.pt")
+    torch.save(normalized(4, 64), images)
     script = f"""
 import os
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 from pathlib import Path
 import torch
 from repghost.export.formats.openvino import open_model
-print(open_model(Path({str(Path("model.xml").resolve())!r}))(torch.load({str(Path("images.pt").resolve())!r})).tolist())
+print(open_model(Path({str(quantized)!r}))(torch.load({str(images)!r})).tolist())
 """
-    assert sqnr(openvino.open_model(Path("model.xml"))(images), torch.tensor(json.loads(run_script(script)))) > 30
+    assert sqnr(openvino.open_model(quantized)(torch.load(images)), torch.tensor(json.loads(run_script(script)))) > 30
 
 
 @pytest.mark.parametrize("form", RUNTIMES)
