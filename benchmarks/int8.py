@@ -60,7 +60,7 @@ def main() -> int:
     add("--size", type=int, default=64, help="pixels (default: %(default)s)")
     add("--epochs", type=int, default=12, help="(default: %(default)s)")
     add("--widths", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="(default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[3, 3, 1], help="how many, of each width (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[6, 3, 3], help="how many, of each width (default: %(default)s)")
     add("--test-images", type=int, default=10_000, help="(default: %(default)s)")
     add("--variants", nargs="+", default=[], help="names of those to measure (default: all)")
     add("--qat-epochs", type=int, default=1, help="of recipe=qat, 0 for none (default: %(default)s)")
@@ -261,7 +261,7 @@ def table(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     exact = {
         (row["network"], int(row["seed"])): float(row["top1"]) for row in rows if row["variant"].startswith("float32")
     }
-    columns = list(dict.fromkeys(row["network"] for row in rows))
+    columns = sorted({row["network"] for row in rows})
     yield f"| variant | {' | '.join(columns)} |"
     yield f"| --- |{' --- |' * len(columns)}"
     for variant in dict.fromkeys(row["variant"] for row in rows):
