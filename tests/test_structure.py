@@ -101,8 +101,8 @@ def test_the_product_stays_small() -> None:
     assert not [pattern for pattern in CORE if not any(ROOT.glob(pattern))], "in CORE, but not there"
     assert core <= set(PRODUCT)
     lines = {path: code_lines(path) for path in PRODUCT}
-    assert sum(lines.values()) <= 12742
-    assert sum(lines[path] for path in core) <= 6371
+    assert sum(lines.values()) <= 12749
+    assert sum(lines[path] for path in core) <= 6381
     assert sum(lines[path] for pattern in DETECTION for path in ROOT.glob(pattern)) <= 1560
 
 
