@@ -22,7 +22,7 @@ from repghost.export.runtimes import ExportedModel, require
 
 _OWN = "repghost"  # where in the file our metadata are
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
-_HIGHEST = 63  # level of a weight: x86 without VNNI adds two products in 16 bits, which 127 times 255 twice overflows
+_HIGHEST = 63  # of the levels of a weight: x86 without VNNI adds two products in 16 bits, and 2 * 127 * 255 overflows
 
 
 def write(
