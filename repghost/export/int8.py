@@ -90,8 +90,8 @@ def _page(found: dict[str, Any], out: Path) -> list[str]:
     if top1 := found["top1"]:
         lost = top1["float32"] - top1["int8"]
         lines.append(
-            f"accuracy   Top-1 {top1['float32']:.2f}% in float32, {top1['int8']:.2f}% in INT8 ({-lost:+.2f}), "
-            f"{top1['images']} images"
+            f"accuracy   Top-1 {top1['float32']:.2f}% in float32, {top1['int8']:.2f}% in INT8 "
+            f"({top1['int8'] - top1['float32']:+.2f}), {top1['images']} images"
         )
     else:
         lines.append(f"accuracy   not known for these images: python evaluate.py weights={out} data.root=SHARDS")
