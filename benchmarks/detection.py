@@ -80,7 +80,7 @@ def evaluate(model: Any, config: DictConfig) -> tuple[float, list[float]]:
         with torch.inference_mode():
             found.append(Detections.of(model(moved.images), moved.positions))
     index = data.index("val")
-    joined = Detections.joined(found, device)
+    joined = Detections.joined(found)
     assert joined is not None
     stats = Truth(index.annotations(), index.category_ids).figures(joined, masks=False)
     return time.perf_counter() - start, [stats[name] for name in FIGURES]

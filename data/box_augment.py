@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_area, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import horizontal_flip, resize
+from torchvision.transforms.v2.functional import horizontal_flip, pad, resize
 
 from repghost.reference import IMAGENET_MEAN
 
@@ -37,46 +37,33 @@ class Geometry:
 
     def image(self, image: Tensor) -> Tensor:
         """uint8 [3, h, w] of an image, uint8 [3, H, W]; padded with ImageNet's mean."""
-        fill = torch.tensor([round(255 * mean) for mean in IMAGENET_MEAN], dtype=torch.uint8)
-        return self._move(image, fill, InterpolationMode.BILINEAR)
+        return self._move(image, [round(255 * mean) for mean in IMAGENET_MEAN], InterpolationMode.BILINEAR)
 
     def masks(self, masks: Tensor) -> Tensor:
         """uint8 [n, h, w] of masks, uint8 [n, H, W]."""
-        return self._move(masks, torch.zeros(len(masks), dtype=torch.uint8), InterpolationMode.NEAREST_EXACT)
+        return self._move(masks, 0, InterpolationMode.NEAREST_EXACT)
 
     def boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """float32 [n, 4] of boxes (left, top, right, bottom), clipped, and [n]: which share of each area is left."""
         top, left, height, width = self.window
         # In double precision, so that the share of what is not cut is 1.
         scale = torch.tensor([self.size[1] / width, self.size[0] / height] * 2, dtype=torch.float64)
-        end = torch.tensor([width, height] * 2)
         whole = boxes.double() - torch.tensor([left, top] * 2)
-        seen = torch.minimum(whole.clamp(min=0), end) * scale - torch.tensor(self.corner[::-1] * 2)
-        seen = torch.minimum(seen.clamp(min=0), end)
-        share = _area(seen) / _area(whole * scale)
+        seen = clip_boxes_to_image(whole, (height, width)) * scale - torch.tensor(self.corner[::-1] * 2)
+        seen = clip_boxes_to_image(seen, (height, width))
+        share = box_area(seen) / box_area(whole * scale)
         if self.flip:
             seen[:, [0, 2]] = width - seen[:, [2, 0]]
         return seen.float(), share.float()
 
-    def _move(self, channels: Tensor, fill: Tensor, interpolation: InterpolationMode) -> Tensor:
+    def _move(self, channels: Tensor, fill: list[float] | int, interpolation: InterpolationMode) -> Tensor:
         top, left, height, width = self.window
         moved = channels[:, top : top + height, left : left + width]
         if self.size != (height, width):
             moved = resize(moved, list(self.size), interpolation, antialias=True)
-            canvas = fill[:, None, None].repeat(1, height, width)
-            # The first and last pixel of the resized window that are seen, and where in the result they are.
-            (y, y_end), (x, x_end) = (
-                (max(0, c), min(c + side, s))
-                for c, side, s in zip(self.corner, (height, width), self.size, strict=True)
-            )
-            row, column = y - self.corner[0], x - self.corner[1]
-            canvas[:, row : row + y_end - y, column : column + x_end - x] = moved[:, y:y_end, x:x_end]
-            moved = canvas
+            (y, x), (h, w) = self.corner, self.size
+            moved = pad(moved, [-x, -y, x + width - w, y + height - h], fill)  # which cuts where a side is negative
         return (horizontal_flip(moved) if self.flip else moved).contiguous()
-
-
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 @dataclass(frozen=True, kw_only=True)

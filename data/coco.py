@@ -9,7 +9,7 @@ import itertools
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -135,13 +135,5 @@ def _with_objects(index: Index, root: Path, manifest: dict[str, Any]) -> CocoInd
     within = described and (np.diff(objects["image"], prepend=0, append=len(index) - 1) >= 0).all()
     if not within or not np.isin(objects["category_id"], index.category_ids).all():
         raise UserError(f"{path}: not the objects of {len(index)} images: copy it and {MANIFEST} again")
-    return CocoIndex(
-        split=index.split,
-        shards=index.shards,
-        samples=index.samples,
-        classes=index.classes,
-        category_ids=index.category_ids,
-        image_ids=ids,
-        records=records,
-        objects=objects,
-    )
+    of_images = {field.name: getattr(index, field.name) for field in fields(index)}
+    return CocoIndex(**of_images, image_ids=ids, records=records, objects=objects)

@@ -76,11 +76,6 @@ class RandomCrops:
             bicubic=uniforms[:, sampling.INTERPOLATION] >= 0.5,  # timm's interpolation="random"
         )
 
-    @property
-    def largest(self) -> int:
-        """The largest side of an image."""
-        return self.sizes.full
-
 
 @dataclass(frozen=True)
 class CenterCrops:
@@ -115,11 +110,6 @@ class CenterCrops:
             parts=central_parts(windows, sizes, corners, self.image_size),
             bicubic=np.ones(count, bool),
         )
-
-    @property
-    def largest(self) -> int:
-        """The side of an image."""
-        return self.image_size
 
 
 Crops = RandomCrops | CenterCrops

@@ -9,12 +9,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 from weakref import ref
 
 import numpy as np
 
-from data.encoded import EncodedBatch
+from data.encoded import BatchReader, EncodedBatch, ReaderPool
 from data.reader import LoaderOptions
 from repghost.errors import UserError
 
@@ -34,14 +34,6 @@ def dali() -> Any:
         ) from None
 
 
-class Reader(Protocol):
-    """data.encoded.BatchReader or ReaderPool."""
-
-    def read(self, iteration: int, decoded: bool) -> EncodedBatch: ...
-
-    def release(self, batch: EncodedBatch) -> None: ...
-
-
 @dataclass
 class DaliSource:
     """Called by the pipeline for the input of one batch after another, in the order of build_pipeline's inputs.
@@ -51,7 +43,7 @@ class DaliSource:
     pipeline, which takes their files where they are, without a copy.
     """
 
-    reader: Reader
+    reader: BatchReader | ReaderPool
     on_gpu: bool
     iteration: int = 0
     decoded_until: int = 0

@@ -147,9 +147,8 @@ class ImageNetTraining(ShardTraining[Index], ImageNetData):
                 f"batch_size={self.batch_size}: leaves {sampler.batch_size} images for a batch on each device, and "
                 "recipe.mix takes pairs: give a batch_size that leaves an even number"
             )
-        loader = self._loader(self._random_crops(sampler), **self._training_options())
-        self._training = loader
-        return loader
+        self._training = self._loader(self._random_crops(sampler), **self._training_options())
+        return self._training
 
     def _random_crops(self, sampler: RankSampler) -> RandomCrops:
         return RandomCrops(

@@ -182,6 +182,5 @@ class DetectionTraining(ShardTraining[CocoIndex], DetectionData):
     def train_dataloader(self) -> BatchLoader[DetectionBatch]:
         sampler, index = self._training_sampler(), self.index("train")
         batches = DetectionBatches(index, self._rows(), sampler, self.augment, self.seed, self.masks)
-        loader = self._loader(batches, **self._training_options())
-        self._training = loader
-        return loader
+        self._training = self._loader(batches, **self._training_options())
+        return self._training

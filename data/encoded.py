@@ -27,7 +27,7 @@ from PIL import Image
 
 from data.crops import BatchCrops, Crops
 from data.parallel import end_with_parent
-from data.reader import Piece, ShardReader, jpeg_components
+from data.reader import Piece, ShardReader, plain_jpeg
 from repghost.errors import UserError
 from repghost.training.signals import SIGNALS, end_workers_at_exit
 
@@ -183,12 +183,13 @@ class _SharedMemory:
     Unlike multiprocessing's SharedMemory, nothing is left of it when its processes are killed.
     """
 
-    def __init__(self, descriptor: int | None = None) -> None:
-        self._file = io.FileIO(os.memfd_create("batch") if descriptor is None else descriptor, "r+")
+    def __init__(self, duplicate: Any = None) -> None:
+        """duplicate: what multiprocessing's DupFd made of the file, for another process."""
+        self._file = io.FileIO(duplicate.detach() if duplicate else os.memfd_create("batch"), "r+")
         self._mapped: Any = None  # a memoryview; whoever still has a part of an earlier one keeps that
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (reduction.DupFd(self._file.fileno()),)
+        return _SharedMemory, (reduction.DupFd(self._file.fileno()),)
 
     def write(self, parts: Sequence[Content]) -> list[int]:
         """Puts the parts one behind the other; returns their sizes in bytes."""
@@ -210,17 +211,10 @@ class _SharedMemory:
         return os.fstat(self._file.fileno()).st_size
 
 
-def _attach(descriptor: Any) -> _SharedMemory:
-    return _SharedMemory(descriptor.detach())
-
-
 def _read_as_pil_does(content: bytes | bytearray) -> bool:
     """Whether DALI gives PIL's pixels: of JPEG without a fourth component, PNG of up to 8 bits a value, and WebP.
 
     A JPEG without its end marker may be cut off anywhere.
     """
-    if content[:2] == b"\xff\xd8":
-        return content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4
-    if content[:4] == b"\x89PNG":
-        return content[24:25] != b"\x10"  # PNG specification, 11.2.1
-    return content[:4] == b"RIFF"
+    png = content[:4] == b"\x89PNG" and content[24:25] != b"\x10"  # PNG specification, 11.2.1
+    return png or content[:4] == b"RIFF" or plain_jpeg(content)

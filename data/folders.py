@@ -5,19 +5,19 @@ Check: `pytest tests/test_folders.py`.
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from data.shards import MANIFEST, load_manifest, split_folders, tars_in
 from data.write_shards.folder import list_folder
 from data.write_shards.source import SPLITS, Listing
 from data.write_shards.write import write_shards
 from repghost.errors import UserError, print_rank_zero
+from repghost.files import locked
 
 _FORMAT = 1  # of the copies
 
@@ -42,19 +42,11 @@ def shards_of_images(root: Path, cache: Path, splits: Sequence[str]) -> Path:
         out = cache / "folders" / f"{name}-{_digest(root, listing)}"
         if not _holds(out, splits):
             out.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{out}.lock")
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                print_rank_zero(f"{root}: another process writes its images as shards, waiting for it")
-                lock.acquire()
-            try:
+            with locked(f"{out}.lock", f"writing the images of {root} as shards", limit=math.inf):
                 if not _holds(out, splits):
                     print(f"{root}: writing its images as shards, once, to {out}", flush=True)
                     sources = [source for source in listing.sources if source.split in splits]
                     write_shards(replace(listing, sources=sources), out)
-            finally:
-                lock.release()
         return out
     except UserError as error:
         if " --" not in str(error):  # an option, which only the command has

@@ -183,16 +183,12 @@ class Timed(Protocol):
 
 def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
     """The batches; the time until each of them is there is added to the loader's."""
-    remaining = iter(batches)
-    while True:
-        begun = time.perf_counter()
-        try:
-            batch = next(remaining)
-        except StopIteration:
-            return
-        finally:
-            loader.seconds_waited += time.perf_counter() - begun
+    begun = time.perf_counter()
+    for batch in batches:
+        loader.seconds_waited += time.perf_counter() - begun
         yield batch
+        begun = time.perf_counter()
+    loader.seconds_waited += time.perf_counter() - begun
 
 
 def within_budget(batches: Iterable[tuple[T, list[str]]], allowed: int) -> Iterator[T]:
@@ -245,7 +241,7 @@ def decode(content: bytes | bytearray) -> Tensor:
     torchvision is the fast way. It refuses some files that PIL reads (a JPEG without its end marker) and converts
     CMYK in its own way; those go through PIL itself.
     """
-    if content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9" and jpeg_components(content) != 4:
+    if plain_jpeg(content):
         writable = content if isinstance(content, bytearray) else bytearray(content)
         encoded = torch.frombuffer(writable, dtype=torch.uint8)
         return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
@@ -253,7 +249,7 @@ def decode(content: bytes | bytearray) -> Tensor:
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
-def jpeg_components(content: bytes | bytearray) -> int:
-    """Colour components of a JPEG; 0 when it has no frame header."""
-    at = frame_header(content)
-    return content[at + 9] if at else 0
+def plain_jpeg(content: bytes | bytearray) -> bool:
+    """Whether it is a JPEG that all decoders agree on: with its end marker, without a fourth colour component."""
+    whole = content[:2] == b"\xff\xd8" and content[-2:] == b"\xff\xd9"
+    return whole and not ((at := frame_header(content)) and content[at + 9] == 4)

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.shards import MANIFEST_BYTES, array_files, parse_manifest, split_entry
-from data.storage import ChecksumError, Limits, Storage
+from data.storage import ChecksumError, Limits, Storage, size_on_disk
 from repghost.errors import UserError
 from repghost.files import TEMPORARY, atomic_write, file_sha256, locked
 
@@ -64,18 +64,10 @@ def download_shards(url: str, cache: str | Path, splits: Sequence[str], limits: 
     return folder
 
 
-def _size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none, or no longer."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
 def _is_there(folder: Path, file: File) -> bool:
     """Whether `folder` has the file. A shard, which is large and was checked on arrival, is known by its size."""
     path = folder / file["file"]
-    size = _size(path)
+    size = size_on_disk(path)
     return size == file["bytes"] if "bytes" in file else size is not None and file_sha256(path) == file["sha256"]
 
 
@@ -84,7 +76,7 @@ def _download_missing(remote: Storage, folder: Path, files: Sequence[File]) -> N
     free = shutil.disk_usage(folder).free  # before what is missing is counted: others may be writing
     missing = [file for file in files if not _is_there(folder, file)]
     total = sum(file.get("bytes", 0) for file in missing)
-    needed = total - sum(_size(folder / f".{file['file']}{TEMPORARY}") or 0 for file in missing)
+    needed = total - sum(size_on_disk(folder / f".{file['file']}{TEMPORARY}") or 0 for file in missing)
     if needed > free:
         sizes = f"{needed / 1e9:,.1f} GB are needed for {remote.url}, {free / 1e9:,.1f} GB are free"
         raise UserError(f"{folder}: {sizes}: make room, or set data.cache to a larger disk")

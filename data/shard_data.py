@@ -50,6 +50,7 @@ class ShardData(DataModule, Generic[AnyIndex]):
         self._indexes: dict[str, AnyIndex] = {}
         self._copies: torch.cuda.Stream | None = None
         self._loader_plan: LoaderPlan | None = None
+        self._training: Timed | None = None
         self._loaders: list[BatchLoader | DaliLoader] = []  # of the stage that is running
 
     def _local_shards(self, splits: Sequence[str]) -> Path:
@@ -151,10 +152,6 @@ class ShardTraining(ShardData[AnyIndex]):
     skip_budget: float
     batch_size: int
     seed: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._training: Timed | None = None
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -274,10 +274,8 @@ def verify(shards: Sequence[str], samples: np.ndarray, checksums: Sequence[str |
     """
     bounds = np.searchsorted(samples["shard"], np.arange(1, len(shards)))
     tasks = list(zip(shards, np.split(samples, bounds), checksums, strict=True))
-    damaged: dict[int, list[str]] = {}
     with closing(run_parallel(_verify_shard, tasks, min(workers, len(tasks)))) as results:
-        for number, lines in tqdm(results, total=len(tasks), desc="verifying", unit="shard"):
-            damaged[number] = lines
+        damaged = dict(tqdm(results, total=len(tasks), desc="verifying", unit="shard"))
     return [line for number in sorted(damaged) for line in damaged[number]]
 
 

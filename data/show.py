@@ -7,12 +7,12 @@ Check: `pytest tests/test_show.py`.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data.arguments import whole_number
 from repghost.command_line import CONF, compose_config
 from repghost.errors import UserError, run_command
 from repghost.files import atomic_write, require_writable
@@ -24,13 +24,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
-
-
-def count(text: str) -> int:
-    """A number of rows or columns."""
-    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: a whole number from 1 to 100 is needed")
-    return int(text)
 
 
 def image_file(text: str) -> Path:
@@ -81,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.epilog = "\n".join(["keys of train.py, with their values by default:", *key_rows("train", CONF)])
     add = parser.add_argument
     add("--out", type=image_file, default=Path("augmented.png"), help="image file to write (default: %(default)s)")
-    add("--samples", type=count, default=8, help="rows, 1 to 100 (default: %(default)s)")
-    add("--epochs", type=count, default=7, help="augmented columns, 1 to 100 (default: %(default)s)")
+    add("--samples", type=whole_number(1, 100), default=8, help="rows, 1 to 100 (default: %(default)s)")
+    add("--epochs", type=whole_number(1, 100), default=7, help="augmented columns, 1 to 100 (default: %(default)s)")
     add("overrides", nargs="*", help="as for train.py: data.root=SHARDS width=1.3 recipe=...")
     options = parser.parse_intermixed_args(arguments)
     augmented_grid(options.overrides, options.samples, options.epochs, options.out)

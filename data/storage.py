@@ -10,8 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ from fsspec.registry import register_implementation
 
 from repghost.errors import DISK_FULL, UserError, chain, printable
 from repghost.extras import how_to_install
+from repghost.images import in_a_thread
 
 T = TypeVar("T")
 
@@ -147,21 +147,23 @@ class Storage:
             if self._files.async_impl:
                 action = asyncio.ensure_future(getattr(self._files, f"_{method}")(*arguments, **options))
             else:
-                action = asyncio.wrap_future(_in_a_thread(lambda: getattr(self._files, method)(*arguments, **options)))
+                action = asyncio.wrap_future(in_a_thread(lambda: getattr(self._files, method)(*arguments, **options)))
             size, until = 0, time.monotonic() + self.limits.timeout
             try:
                 while not action.done():
                     await asyncio.wait([action], timeout=_POLL)
                     if self.stop.is_set():
                         raise Stopped
-                    if written and (grown := _size(written)) != size:
+                    if written and (grown := size_on_disk(written) or 0) != size:
                         size, until = grown, time.monotonic() + self.limits.timeout
                     if time.monotonic() > until and not action.done():
                         raise StalledError(f"no byte of it came for {self.limits.timeout:.0f} s")
                 return action.result()
             finally:
                 action.cancel()
-                await _ended(action)
+                await asyncio.wait([action], timeout=1)  # a moment, in which it closes what it has open
+                if action.done() and not action.cancelled():
+                    action.exception()  # else asyncio would report it as one that nobody saw
 
         return sync(self._files.loop if self._files.async_impl else get_loop(), watched)
 
@@ -173,34 +175,12 @@ class Storage:
         return str(error) if "repository not found" in str(error) or "revision not found" in str(error) else None
 
 
-def _size(path: Path) -> int:
+def size_on_disk(path: Path) -> int | None:
+    """Bytes of a file; None where there is none, or no longer."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
-        return 0
-
-
-def _in_a_thread(action: Callable[[], Any]) -> Future[Any]:
-    """The outcome of `action` in a thread that the process's end does not wait for."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-async def _ended(action: Awaitable[Any]) -> None:
-    """Waits a moment for an action that was cancelled, which closes what it has open."""
-    future = asyncio.ensure_future(action)
-    await asyncio.wait([future], timeout=1)
-    if future.done() and not future.cancelled():
-        future.exception()  # else asyncio would report it as one that nobody saw
+        return None
 
 
 # -- what each storage needs -------------------------------------------------------------------------------------------
@@ -245,14 +225,10 @@ def _options_of_google(configured: dict[str, Any], timeout: float) -> dict[str, 
 
 def _is_final(error: Exception) -> bool:
     """Whether another attempt cannot help: no permission, no or wrong credentials, no such host, most of HTTP's 4xx."""
-    answer: Any = error
     # aiohttp's, gcsfs's, and that of the hub's.
-    status = getattr(answer, "status", 0) or getattr(answer, "code", 0)
-    status = status or getattr(getattr(answer, "response", None), "status_code", 0)
-    if isinstance(error, PermissionError) or (
-        isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT
-    ):
-        return True
-    if str(error).startswith(("Forbidden:", "Bad Request:")):  # gcsfs's, an OSError and a ValueError
-        return True
-    return bool({type(link).__name__ for link in chain(error)} & _FINAL)
+    status = getattr(error, "status", 0) or getattr(error, "code", 0)
+    status = status or getattr(getattr(error, "response", None), "status_code", 0)
+    by_status = isinstance(status, int) and 400 <= status < 500 and status not in _TRANSIENT
+    by_words = str(error).startswith(("Forbidden:", "Bad Request:"))  # gcsfs's, an OSError and a ValueError
+    by_name = any(type(link).__name__ in _FINAL for link in chain(error))
+    return by_status or by_words or by_name or isinstance(error, PermissionError)

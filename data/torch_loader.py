@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from data.crops import Crops
+from data.crops import Crops, RandomCrops
 from data.reader import LoaderOptions, Piece, ShardReader, part_of, resize, timed, within_budget
 from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
@@ -118,7 +118,8 @@ class TorchLoader(BatchLoader[Batch]):
 def batch_bytes(crops: Crops) -> int:
     """What a batch takes in shared memory, where each of its tensors is a file of whole pages."""
     rows = crops.sampler.batch_size
-    tensors = (3 * crops.largest**2 * rows, 8 * rows, 8 * rows, 4 * NUM_UNIFORMS * rows)
+    largest = crops.sizes.full if isinstance(crops, RandomCrops) else crops.image_size
+    tensors = (3 * largest**2 * rows, 8 * rows, 8 * rows, 4 * NUM_UNIFORMS * rows)
     return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in tensors)
 
 

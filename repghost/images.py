@@ -13,12 +13,12 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from string import punctuation
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
@@ -145,18 +145,25 @@ def read_image(path: str) -> Image.Image:
 
 def _download(url: str) -> bytes:
     """What a server answers, in a thread that nobody waits for any longer than URL_SECONDS."""
-    answered: Future[bytes] = Future()
-
-    def read() -> None:
-        try:
-            answered.set_result(_read_url(url))
-        except Exception as error:
-            answered.set_exception(error)
-
-    threading.Thread(target=read, daemon=True).start()
+    answered = in_a_thread(lambda: _read_url(url))
     if not wait([answered], URL_SECONDS).done:
         raise _too_late(url)
     return answered.result()
+
+
+def in_a_thread(action: Callable[[], Any]) -> Future[Any]:
+    """The outcome of `action` in a thread that the process's end does not wait for."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _too_late(url: str) -> TimeoutError:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from repghost.command_line import CONF, check_config, choices_listed, program_of, read_command_line
 from repghost.errors import run_command
+from repghost.schema.help import help_text
 
 if TYPE_CHECKING:
     from repghost.sweep import Sweep
@@ -49,28 +50,27 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
                     return None
                 if settings.runtime.choices["hydra/launcher"] != "basic":
                     # This process is the job's own, from a launcher such as submitit's.
-                    from repghost.slurm import run_task
-
-                    return run_task(sweeps[0], config)  # type: ignore[return-value]  # a text where it failed
+                    return sweeps[0].run_task(config)  # type: ignore[return-value]  # a text where it failed
                 if code := run_command(sweeps[0].run_job):  # Hydra would go on with the next job
                     sys.exit(code)
                 return sweeps[0].objective
 
-            def compose_and_run() -> int:
+            def compose_and_run() -> int | None:
                 program = program_of(name, sys.argv[1:])
                 flags, overrides, sweeping = read_command_line(program, sys.argv[1:])
                 if {"--help", "-h"} & set(flags):
-                    return _print_help(program, inspect.getmodule(function))
+                    print(help_text(program, inspect.getdoc(inspect.getmodule(function)) or "", CONF))
+                    return 0
                 sys.argv = [sys.argv[0], *flags, *overrides]  # where Hydra reads it
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own digest
                 run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=program)(job)
                 with choices_listed():
                     if not sweeping:
-                        run()
-                        return 0
+                        return run()
                     from repghost.sweep import Sweep
 
-                    sweeps.append(Sweep(path))  # by now: launchers send it to their processes, as a part of `job`
+                    # By now: launchers send it to their processes, as a part of `job`.
+                    sweeps.append(Sweep(path, flags, overrides))
                     sweeps[0].over(run)
                 return sweeps[0].report()
 
@@ -85,13 +85,6 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
         return main
 
     return decorate
-
-
-def _print_help(program: str, module: object) -> int:
-    from repghost.schema.help import help_text
-
-    print(help_text(program, inspect.getdoc(module) or "", CONF))
-    return 0
 
 
 def _checked(function: Main, config: DictConfig) -> int | None:

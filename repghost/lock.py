@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,19 +69,12 @@ def _take(folder: Path) -> BinaryIO:
     """The file OWNER, locked and with this process in it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # a writer that ended removed the folder
-            file = open(folder / OWNER, "r+b", opener=_open_or_create)  # noqa: SIM115  # as long as the run
-            try:
-                if _take_file(file, folder):
-                    return file
-            except BaseException:
-                file.close()
-                raise
-            file.close()  # a writer that ended removed the file
-
-
-def _open_or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+        # A writer that ended removed the folder, or the file, which is closed again then.
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            file = stack.enter_context(os.fdopen(os.open(folder / OWNER, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
+            if _take_file(file, folder):
+                stack.pop_all()  # open as long as the run
+                return file
 
 
 def _take_file(file: BinaryIO, folder: Path) -> bool:

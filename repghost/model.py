@@ -120,10 +120,8 @@ class RepGhostBottleneck(nn.Module):
             self.conv_dw, self.bn_dw = _conv_bn(mid_channels, mid_channels, kernel, fused, stride, mid_channels)
         self.se = SqueezeExcite(mid_channels) if se else nn.Identity()
         self.ghost2 = RepGhostModule(mid_channels, out_channels, False, reparam, fused)
-        self.shortcut: nn.Module | None
-        if in_channels == out_channels and stride == 1:
-            self.shortcut = nn.Identity() if shortcut else None
-        else:
+        self.shortcut: nn.Module | None = nn.Identity() if shortcut else None
+        if in_channels != out_channels or stride != 1:
             self.shortcut = nn.Sequential(
                 *_conv_bn(in_channels, in_channels, kernel, fused, stride, in_channels),
                 *_conv_bn(in_channels, out_channels, 1, fused),

@@ -42,7 +42,8 @@ def reparameterize(model: Network) -> Network:
             module.fused = True
     for module in fused.modules():
         if isinstance(module, RepGhostModule) and module.fusion_bn is not None:
-            _merge_identity(module)
+            _merge_identity(module.cheap_operation[0], module.fusion_bn[0])
+            module.fusion_bn = None
     origin, state = model.state_dict(), {}
     for key, tensor in fused.state_dict().items():
         # A new bias goes where the weight is.
@@ -52,18 +53,14 @@ def reparameterize(model: Network) -> Network:
     return fused
 
 
-def _merge_identity(module: RepGhostModule) -> None:
+def _merge_identity(conv: Any, norm: Any) -> None:
     """Adds the identity branch to the depthwise convolution beside it, whose BatchNorm is folded already."""
-    assert module.fusion_bn is not None
-    conv: Any = module.cheap_operation[0]
-    norm: Any = module.fusion_bn[0]
     centre, shift = conv.weight.new_ones(len(conv.weight), 1, 1, 1), torch.zeros_like(conv.bias)
     if is_batch_norm(norm):
         statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         centre, shift = fuse_conv_bn_weights(centre, None, *statistics)
     conv.weight[:, :, 1:2, 1:2] += centre
     conv.bias += shift
-    module.fusion_bn = None
 
 
 def is_batch_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:

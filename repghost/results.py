@@ -33,9 +33,7 @@ DETECTION_COLUMNS = (
     "map", "map50", "map75", "map_small", "map_medium", "map_large", "mar100", "mask_map", "mask_map50",
     "fused_map", "fused_mask_map", "max_score_diff", "unmatched", "params_m", "precision",
 )  # fmt: skip
-_OPTIONAL = ("image_size", "crop_fraction", "precision")  # which older files lack
 _TEXTS = ("date", "commit", "name", "data", "weights", "selection", "precision", "detector")
-_NUMBERS = ("width", "images", "top1", "top5", "fused_top1")  # which the tables are made of
 
 
 class Columns(NamedTuple):
@@ -46,15 +44,15 @@ class Columns(NamedTuple):
     numbers: tuple[str, ...]
 
 
+AS_PUBLISHED = {"image_size": "224", "crop_fraction": "0.875", "precision": "32-true"}  # older files lack these columns
 OF_TASK = {
-    "classification": Columns(COLUMNS, _OPTIONAL, _NUMBERS),
+    "classification": Columns(COLUMNS, tuple(AS_PUBLISHED), ("width", "images", "top1", "top5", "fused_top1")),
     "detection": Columns(DETECTION_COLUMNS, (), ("width", "images", "map", "fused_map")),
 }
 
 # Points of Top-1 within which a measurement is the published figure: the same weights differ by a JPEG decoder and a
 # resize, a new training by its random draws.
 TOLERANCES = {"published weights": 0.03, "training": 0.3}
-AS_PUBLISHED = {"image_size": "224", "crop_fraction": "0.875", "precision": "32-true"}
 IMAGES = IMAGENET[1]  # that the published figures are of
 MARKERS = ("<!-- table -->", "<!-- /table -->")  # in a Markdown file, around the table
 
@@ -211,8 +209,7 @@ def runs_table(results: Sequence[dict[str, str]]) -> str:
     newest = list({(row["name"], row["weights"], row["selection"]): row for row in results}.values())
     if newest and "map" in newest[0]:
         columns = ("name", "detector", "width", "data", "selection", "images")
-        figures = [[as_points(row[key]) for key in SHOWN_FIGURES] for row in newest]
-        cells = [[*(row[key] for key in columns), *of] for row, of in zip(newest, figures, strict=True)]
+        cells = [[*(row[k] for k in columns), *(as_points(row[k]) for k in SHOWN_FIGURES)] for row in newest]
         return as_markdown(["run", *columns[1:], *SHOWN_FIGURES.values()], cells)
     for row in newest:
         weights = f"{row['weights']}, {row['selection']}" if row["selection"] else row["weights"]

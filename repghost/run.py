@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from repghost.errors import UserError
-from repghost.files import read_class_names, write_text
+from repghost.files import read_class_names
 from repghost.model import RepGhostNet
 from repghost.reference import class_words, synsets
 from repghost.results import require_writable_results
-from repghost.run_data import CLASSES_FILE, record_data, require_equal, require_same_data
+from repghost.run_data import CLASSES_FILE, record_data, require_equal, require_same_data, write_on_rank_zero
 from repghost.run_name import WHERE_AND_HOW_FAST, folder_of, key_of, run_name, starts_with
 from repghost.weights import WEIGHTS_FILE, model_from_state, read_checkpoint, read_description
 
@@ -64,7 +64,7 @@ def record_run(directory: Path, config: DictConfig, data: "DataModule") -> None:
     if _has_begun(directory):
         require_equal(directory, data, read_config(directory).data.root)
     else:
-        _write_on_rank_zero(directory / CONFIG, OmegaConf.to_yaml(config))
+        write_on_rank_zero(directory / CONFIG, OmegaConf.to_yaml(config))
     record_data(directory, data)
 
 
@@ -127,14 +127,9 @@ def resolved_for_evaluation(config: DictConfig) -> DictConfig:
         for key, value in known.items():
             OmegaConf.update(config, key, list(value) if isinstance(value, tuple) else value, merge=False)
     OmegaConf.resolve(config)
-    require_values(config)
-    return config
-
-
-def require_values(config: DictConfig) -> None:
-    """Raises UserError for a key that was left open (???)."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{missing[0]} is missing: give it on the command line, {missing[0]}=...")
+    return config
 
 
 def is_finished(directory: Path) -> bool:
@@ -208,12 +203,6 @@ def objective(folder: Path) -> float | None:
     """What a job of a sweep returns to Hydra: its run's Top-1 in percent or mAP, None if the run is not finished."""
     evaluation = read_evaluation(folder / EVALUATION) if is_finished(folder) else None
     return next((evaluation[name] for name in METRICS if name in evaluation), None) if evaluation else None
-
-
-def _write_on_rank_zero(path: Path, text: str) -> None:
-    from pytorch_lightning.utilities.rank_zero import rank_zero_only  # which reading a run does not need
-
-    rank_zero_only(write_text)(path, text)
 
 
 def class_names_of(directory: Path) -> list[str] | None:

@@ -97,16 +97,19 @@ def require_equal(directory: Path, data: "DataModule", begun_with: object) -> No
 
 def record_data(directory: Path, data: "DataModule") -> None:
     """Writes data.json and classes.txt of the run in `directory`, on the first rank only."""
-    from pytorch_lightning.utilities.rank_zero import rank_zero_only  # which reading a run does not need
-
     classes = data.index("train").classes
     content = {"classes": list(classes), "fingerprints": data.fingerprints}
-    rank_zero_only(write_text)(directory / DATA_FILE, json.dumps(content, indent=1) + "\n")
+    write_on_rank_zero(directory / DATA_FILE, json.dumps(content, indent=1) + "\n")
     write_class_names(directory, classes)
 
 
 def write_class_names(directory: Path, names: Sequence[str]) -> None:
     """Writes classes.txt of the run in `directory`, on the first rank only."""
-    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+    write_on_rank_zero(directory / CLASSES_FILE, "".join(f"{one_line(name)}\n" for name in names))
 
-    rank_zero_only(write_text)(directory / CLASSES_FILE, "".join(f"{one_line(name)}\n" for name in names))
+
+def write_on_rank_zero(path: Path, text: str) -> None:
+    """Writes `text` (UTF-8), on the first rank only."""
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only  # which reading a run does not need
+
+    rank_zero_only(write_text)(path, text)

@@ -5,64 +5,29 @@ is killed is a failure like any other. What became of it is the task's result, a
 all jobs, reports it. Check: `make test-cluster`.
 """
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf
 
 from repghost.errors import UserError
-from repghost.run import folder_of, objective
 
-_REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
-_SECONDS_UNTIL_ENDED = 60.0
 # Those of squeue(1) that no job leaves; submitit takes more for an end, such as CONFIGURING.
 _ENDS = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
-class Sweep(Protocol):
-    """What is needed of repghost.sweep.Sweep."""
-
-    @property
-    def is_prepared(self) -> bool: ...
-    def prepare(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[str]: ...
-    def start(self) -> tuple[int, list[int]]: ...
-    def failed(self, failure: str) -> None: ...
-
-
-def run_task(sweep: Sweep, config: DictConfig) -> float | str | None:
-    """Runs the program for a task of a job, in the task's process.
-
-    Returns the run's figure, or what went wrong: at an exception Hydra would end the sweep. A job that a
-    signal before its time limit stopped is queued again.
-    """
-    code, received = sweep.start()
-    stopped = OmegaConf.select(config, "checkpoint.exit_code")
-    if code == stopped and _REQUEUED_ON & set(received) and "SUBMITIT_EXECUTOR" in os.environ:
-        os.kill(os.getpid(), signal.SIGUSR2)  # for submitit's handler: the first task queues the job again and exits
-        time.sleep(_SECONDS_UNTIL_ENDED)  # the others are ended by that
-    if code and not sweep.is_prepared:  # a launcher whose jobs nobody reports
-        sys.exit(code)
-    if received:
-        return f"stopped by {signal.Signals(received[0]).name}"
-    if code:
-        return f"exit code {code}" if code > 0 else signal.Signals(-code).name
-    return objective(folder_of(config))
-
-
 @contextmanager
-def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
-    """Within, jobs of the plugin's SLURM launcher are checked and reported by `sweep`; nothing without the plugin.
+def jobs_reported_to(
+    prepare: Callable[[Sequence[Sequence[str]], int], list[str]], failed: Callable[[str], None]
+) -> Iterator[None]:
+    """Within, jobs of the plugin's SLURM launcher go to `prepare` before and to `failed`; nothing without the plugin.
 
     The plugin alone ends a sweep at the first job that fails, and leaves the jobs of one that is interrupted.
     """
@@ -79,7 +44,7 @@ def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
     def launch_all(launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         _require_slurm(launcher.params)
         HydraConfig.instance().set_config(launcher.config)
-        titles = sweep.prepare(job_overrides, initial_job_idx)
+        titles = prepare(job_overrides, initial_job_idx)
         with _results_of_lost_jobs() as submitted:
             try:
                 returned = list(launch(launcher, job_overrides, initial_job_idx))
@@ -92,7 +57,7 @@ def jobs_reported_to(sweep: Sweep) -> Iterator[None]:
             if each.status == JobStatus.FAILED:  # submitit's, as after max_num_timeout
                 each.return_value, each.status = str(each._return_value), JobStatus.COMPLETED
             if isinstance(each.return_value, str):
-                sweep.failed(f"{title}: {each.return_value}")
+                failed(f"{title}: {each.return_value}")
         return returned
 
     with mock.patch.object(SlurmLauncher, "launch", launch_all):

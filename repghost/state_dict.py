@@ -72,29 +72,19 @@ def fitted(state: StateDict, model: RepGhostNet, source: str) -> StateDict:
     Raises UserError that names `source` and the first tensor for other names, shapes or kinds than those of `model`,
     and for values that no trained network has: NaN, infinities, negative variances.
     """
-    if problem := _misfit(state, model):
-        raise UserError(f"{source}: {problem}")
     expected = model.state_dict()
-    return {name: _usable(tensor, expected[name].dtype, f"{source}: {name}") for name, tensor in state.items()}
-
-
-def _misfit(state: StateDict, model: RepGhostNet) -> str | None:
-    """In what the names or shapes of `state` are not those of `model`, in words."""
-    expected = model.state_dict()
-    for names, what in (
-        (expected.keys() - state.keys(), "are missing"),
-        (state.keys() - expected.keys(), "do not belong"),
-    ):
-        if names:
-            return f"{len(names)} tensors of a RepGhostNet {what}, the first is {min(names)}"
+    missing, others = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if names := missing or others:
+        what = "are missing" if missing else "do not belong"
+        raise UserError(f"{source}: {len(names)} tensors of a RepGhostNet {what}, the first is {min(names)}")
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             head = state[_HEAD].shape[1:2]
             (other,) = [w for w in WIDTHS if head == (round_channels(960 * w),)] or (model.width,)
             found = f" but of width={other:g}" if other != model.width else ""
             shapes = f"{name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-            return f"these are not the weights of width={model.width:g}{found}: {shapes}"
-    return None
+            raise UserError(f"{source}: these are not the weights of width={model.width:g}{found}: {shapes}")
+    return {name: _usable(tensor, expected[name].dtype, f"{source}: {name}") for name, tensor in state.items()}
 
 
 def _usable(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,18 +32,20 @@ from repghost.run import folder_of, objective
 from repghost.schema.check import shown
 from repghost.slurm import jobs_reported_to
 
-_OVERRIDE = re.compile(r"[^-=][^=]*=|~")  # on the command line, where the rest are flags of Hydra's
+_REQUEUED_ON = {signal.SIGUSR1, signal.SIGUSR2}  # not SIGTERM, which scancel sends
+_SECONDS_UNTIL_ENDED = 60.0
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](mode|launcher|sweep)")  # keys of Hydra's that are not its jobs'
 
 
 class Sweep:
     """The jobs of `python PROGRAM -m ...`: starts them, and reports what failed and the table of results at the end."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path, flags: list[str], overrides: list[str]) -> None:
         self.objective: float | None = None  # of the last job, None if it failed
         self._program = program
         self._count: int | str = 0  # of jobs, once the command line was read; "?" where the sweeper decides
-        self._flags: list[str] = []  # of Hydra's, for every job
+        self._flags = [flag for flag in flags if flag not in ("-m", "--multirun")]  # of Hydra's, for every job
+        self._overrides = overrides
         self._fixed: dict[str, str] = {}  # the overrides that all jobs share, by key
         self._runs: dict[Path, tuple[Sequence[str], DictConfig]] = {}  # swept overrides and config by the run's folder
         self._failures: list[str] = []
@@ -72,7 +75,7 @@ class Sweep:
     def over(self, jobs: Callable[[], None]) -> None:
         """Calls `jobs`, a sweeper that runs this sweep's jobs."""
         try:
-            with jobs_reported_to(self):
+            with jobs_reported_to(self.prepare, self.failed):
                 jobs()
         except ValueError:
             if self._count and len(self._failures) >= len(self._runs):
@@ -98,15 +101,26 @@ class Sweep:
             print(titles[-1], flush=True)
         return titles
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether `prepare` was called, so that failures of the jobs are reported."""
-        return bool(self._count)
+    def run_task(self, config: DictConfig) -> float | str | None:
+        """Runs the program for a task of another launcher's job, in the task's process.
 
-    def start(self) -> tuple[int, list[int]]:
-        """Runs the job that Hydra has composed, in a process of another launcher: see _start."""
+        Returns the run's figure, or what went wrong: at an exception Hydra would end the sweep. A job that a
+        signal before its time limit stopped is queued again.
+        """
         overrides = HydraConfig.get().overrides.task
-        return self._start([override for override in overrides if _key(override) not in self._fixed])
+        code, received = self._start([override for override in overrides if _key(override) not in self._fixed])
+        stopped = OmegaConf.select(config, "checkpoint.exit_code")
+        if code == stopped and _REQUEUED_ON & set(received) and "SUBMITIT_EXECUTOR" in os.environ:
+            # For submitit's handler: the first task queues the job again and exits.
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(_SECONDS_UNTIL_ENDED)  # the others are ended by that
+        if code and not self._count:  # a launcher whose jobs nobody reports
+            sys.exit(code)
+        if received:
+            return f"stopped by {signal.Signals(received[0]).name}"
+        if code:
+            return f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        return objective(folder_of(config))
 
     def failed(self, failure: str) -> None:
         """Notes that a job failed."""
@@ -132,10 +146,8 @@ class Sweep:
                 "-m under torchrun, srun or others that set RANK: ranks of different jobs would mix their gradients; "
                 "start the sweep with python, its jobs start the ranks (trainer.devices=N)"
             )
-        typed = [argument for argument in sys.argv[1:] if _OVERRIDE.match(argument)]
-        self._flags = [argument for argument in sys.argv[1:] if argument not in (*typed, "-m", "--multirun")]
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        overrides = {override.get_key_element(): override for override in parser.parse_overrides(typed)}
+        overrides = {override.get_key_element(): override for override in parser.parse_overrides(self._overrides)}
         swept = {key: override for key, override in overrides.items() if override.is_sweep_override()}
         for key in overrides:
             if key not in swept and not _OF_THE_SWEEP.match(key):

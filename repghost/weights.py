@@ -108,10 +108,8 @@ def start_from(model: RepGhostNet, source: str) -> None:
     found = model_from_state(read_weights(source, model.width), source, model.width)
     if found.fused:
         raise UserError(f"{source}: these weights are fused and cannot be trained; take those in training form")
-    weights = found.state_dict()
-    for name, tensor in model.state_dict().items():
-        weights[name] = tensor if name.startswith("classifier.") else weights[name]
-    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    own, weights = model.state_dict(), found.state_dict()
+    model.load_state_dict({name: own[name] if name.startswith("classifier.") else weights[name] for name in own})
 
 
 def to_quantize(source: str, width: float, num_classes: int) -> RepGhostNet:

@@ -28,11 +28,9 @@ from repghost.errors import UserError
 from repghost.evaluation.reports import report_names
 from repghost.results import append_result, read_results, require_writable_results, runs_table
 
-CPU = torch.device("cpu")
-
 
 def joined(batches: list[Detections]) -> Detections:
-    found = Detections.joined(batches, CPU)
+    found = Detections.joined(batches)
     assert found is not None
     return found
 
@@ -198,7 +196,7 @@ def rank_of(rank: int, ranks: int, folder: str) -> None:
     """A process that has the batches which data.sampling gives its rank; the first writes the figures."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     content = annotations(61)
-    found = Detections.joined(detections(outputs(content, per_image=5, masks=True))[rank::ranks], CPU)
+    found = Detections.joined(detections(outputs(content, per_image=5, masks=True))[rank::ranks])
     assert (found is None) == (rank > 0)
     if found is not None:
         found.require_all(61)

@@ -22,7 +22,7 @@ from data.regions import Regions, describe
 from data.remote import download_shards
 from data.write_shards import regions, shard, write
 from data.write_shards.__main__ import main
-from data.write_shards.regions import Rewritten, ShardRegions, restart_interval, rewrite, write_regions
+from data.write_shards.regions import Rewritten, region_arrays, restart_interval, rewrite, write_regions
 from data.write_shards.shards import list_shards
 from data.write_shards.write import write_folder, write_shards
 from repghost.errors import UserError
@@ -219,13 +219,9 @@ def test_regions_of_several_shards_in_two_files(tmp_path):
     files = [with_restarts(photo, subsampling="4:4:4") for photo in photos]
     records = []
     for number, some in enumerate((files[:2], [], files[2:])):
-        found = ShardRegions()
-        for content in some:
-            found.add(Rewritten(content, describe(content)))
-            found.add("PNG")
-        assert found.whole == Counter(PNG=len(some))
+        described = [each for content in some for each in (describe(content), "PNG")]
         records.append(tmp_path / f"{number}.npz")
-        np.savez(records[-1], **found.arrays())
+        np.savez(records[-1], **region_arrays(described))
     entry = write_regions(tmp_path, "train", records, [{"PNG": 2}, {}, {"PNG": 3}])
     assert entry["whole"] == {"PNG": 5}
     for file in entry["files"]:

@@ -115,7 +115,7 @@ class _Reader:
     ) -> None:
         self.root, self.split, self.path, self.content = root, split, path, content
         self.categories, self.skip_bad = categories, skip_bad
-        self.skipped: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # of what is left out, empty or odd
 
     def source(self) -> Source:
         images: dict[int, Json] = {}
@@ -126,7 +126,7 @@ class _Reader:
                 )
             images[image["id"]] = {name: image[name] for name in ("id", "file_name", "height", "width")}
         files = self._files(images)
-        edges = self._annotate(images, files)
+        self._annotate(images)
         entries = [
             Entry(image["file_name"], path, -1, os.stat(path).st_size, annotations=json.dumps(image).encode())
             for number, image in images.items()
@@ -134,8 +134,8 @@ class _Reader:
         ]
         if not entries:
             raise self._error("no image in it has a file")
-        empty = sum(not image["annotations"] for image in images.values())
-        remarks = [f"{count:,} {what}" for what, count in ((self.skipped | edges) + Counter({_EMPTY: empty})).items()]
+        self.counts["images without annotations"] = sum(not image["annotations"] for image in images.values())
+        remarks = [f"{count:,} {what}" for what, count in (+self.counts).items()]
         return Source(self.split, unique_keys(entries), read_files, remarks=remarks)
 
     def _files(self, images: dict[int, Json]) -> dict[int, str]:
@@ -157,10 +157,9 @@ class _Reader:
                 self._leave_out("images without a file left out", f"image {number}: there is no {path}")
         return files
 
-    def _annotate(self, images: dict[int, Json], files: dict[int, str]) -> Counter[str]:
-        """Gives each image its `annotations`; returns how many of them are odd in which way."""
+    def _annotate(self, images: dict[int, Json]) -> None:
+        """Gives each image its `annotations`, and counts those that are odd."""
         known: set[int] = set()
-        odd: Counter[str] = Counter()
         for annotated in images.values():
             annotated["annotations"] = []
         for annotation in self.content["annotations"]:
@@ -175,22 +174,18 @@ class _Reader:
             image["annotations"].append({name: annotation[name] for name in KEPT if name in annotation})
             left, top, width, height = annotation["bbox"]
             beyond = max(-left, -top, left + width - image["width"], top + height - image["height"])
-            odd["boxes without area, which training leaves out"] += min(width, height) == 0
-            odd["boxes that reach more than a pixel beyond their image, which training clips"] += beyond > 1
-        return +odd
+            self.counts["boxes without area, which training leaves out"] += min(width, height) == 0
+            self.counts["boxes that reach more than a pixel beyond their image, which training clips"] += beyond > 1
 
     def _leave_out(self, what: str, line: str) -> None:
         """Counts what is left out; UserError once it is more than --skip-bad allows."""
-        self.skipped[what] += 1
-        if self.skipped[what] > self.skip_bad:
+        self.counts[what] += 1
+        if self.counts[what] > self.skip_bad:
             raise self._error(f"{line}: correct it, or leave it out with --skip-bad")
         tqdm.write(printable(f"skipped {self.path}: {line}"), file=sys.stderr)
 
     def _error(self, line: str) -> UserError:
         return UserError(f"{self.path}: {line}")
-
-
-_EMPTY = "images without annotations"
 
 
 def _image_fault(image: Json) -> str | None:
@@ -245,21 +240,17 @@ def _segmentation_fault(segmentation: object, height: int, width: int) -> str | 
         return f"the size of its RLE is {segmentation['size']!s:.40}, that of its image [{height}, {width}]"
     counts = segmentation["counts"]
     if isinstance(counts, str):
-        return _compressed_fault(segmentation, height, width)
+        from faster_coco_eval.core import mask  # slow to import, and only for this
+
+        try:
+            mask.decode(mask.segmToRle(segmentation, width, height))
+        except (ValueError, RuntimeError, TypeError):
+            return f"the counts of its RLE are damaged, or not those of {height * width} pixels"
+        return None
     if not _are_numbers(counts, LARGEST) or not all(type(n) is int and n >= 0 for n in counts):
         return "the counts of its RLE are neither whole numbers from 0 on nor a string"
     if sum(counts) != height * width:
         return f"the counts of its RLE add up to {sum(counts)}, not to the {height * width} pixels of its image"
-    return None
-
-
-def _compressed_fault(segmentation: Json, height: int, width: int) -> str | None:
-    from faster_coco_eval.core import mask  # slow to import, and only for this
-
-    try:
-        mask.decode(mask.segmToRle(segmentation, width, height))
-    except (ValueError, RuntimeError, TypeError):
-        return f"the counts of its RLE are damaged, or not those of {height * width} pixels"
     return None
 
 

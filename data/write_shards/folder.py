@@ -3,7 +3,6 @@
 Check: `pytest tests/test_write_shards.py -k "folder or kaggle"`.
 """
 
-import csv
 import os
 import stat
 import unicodedata
@@ -17,7 +16,7 @@ from numpy.random import Philox
 from data.shards import split_folders
 from data.write_shards.source import SPLITS, Entry, Listing, Source, unique_keys, with_class
 from repghost.errors import UserError
-from repghost.files import read_file
+from repghost.files import read_file, read_table
 from repghost.images import EXTENSIONS, FILE_BYTES, LEFT_OUT, is_image, walk_files
 
 # What a NAS, macOS, a file system or Windows makes; hidden folders are left out, too.
@@ -155,14 +154,8 @@ def _holds_folders(folder: Path) -> bool:
 
 def _list_solution(folder: Path, solution: Path, classes: Sequence[str]) -> Source:
     """The validation images of Kaggle, whose rows are "IMAGE,n01751748 111 108 230 366 ...": the class, then boxes."""
-    try:
-        with open(solution, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            if not {"ImageId", "PredictionString"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{solution}: no columns ImageId and PredictionString")
-            wnid_of = {row["ImageId"]: row["PredictionString"].partition(" ")[0] for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{solution}: not a table in UTF-8 ({error}): copy it again") from None
+    rows = read_table(solution, ("ImageId", "PredictionString"), "the classes of images")
+    wnid_of = {row["ImageId"]: row["PredictionString"].partition(" ")[0] for row in rows}
     entries: list[Entry] = []
     images, ignored = _list_images(folder)
     for path, size in images:

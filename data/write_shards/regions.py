@@ -12,7 +12,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,34 +126,21 @@ def _mcu_columns(content: bytes) -> int | str:
     return -(-columns // max(factors)) if components > 1 and all(factors) else columns
 
 
-@dataclass
-class ShardRegions:
-    """The regions of the images of one shard, in their order. whole: how many stay whole, by reason."""
+def region_arrays(images: Sequence[tuple[np.ndarray, np.ndarray] | str]) -> dict[str, np.ndarray]:
+    """For the record of a shard: regions ([n] of REGION, `start` within the shard) and segments (uint16).
 
-    rows: list[np.ndarray] = field(default_factory=list)
-    segments: list[np.ndarray] = field(default_factory=list)
-    whole: Counter[str] = field(default_factory=Counter)
-
-    def add(self, rewritten: Rewritten | str) -> None:
-        """Adds what `rewrite` made of the next image."""
-        if isinstance(rewritten, str):
-            self.whole[rewritten] += 1
-        row, segments = (_WHOLE, _NO_SEGMENTS) if isinstance(rewritten, str) else rewritten.described
-        self.rows.append(row)
-        self.segments.append(segments)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """For the record of the shard: regions ([n] of REGION, `start` within the shard) and segments (uint16)."""
-        rows = np.array(self.rows, REGION)
-        counts = [len(segments) for segments in self.segments]
-        rows["start"] = np.cumsum([0, *counts])[:-1]
-        return {"regions": rows, "segments": np.concatenate([_NO_SEGMENTS, *self.segments])}
+    images: in their order, what `data.regions.describe` says of each, or why it stays whole.
+    """
+    pairs = [(_WHOLE, _NO_SEGMENTS) if isinstance(image, str) else image for image in images]
+    rows = np.array([row for row, _ in pairs], REGION)
+    rows["start"] = np.cumsum([0, *(len(segments) for _, segments in pairs)])[:-1]
+    return {"regions": rows, "segments": np.concatenate([_NO_SEGMENTS, *(segments for _, segments in pairs)])}
 
 
 def write_regions(out: Path, split: str, records: Sequence[Path], whole: Iterable[Mapping[str, int]]) -> dict[str, Any]:
     """Writes the two files of `data.regions.Regions` for a split; returns what its manifest says of them.
 
-    records: of its shards, in order, with `ShardRegions.arrays`. whole: {reason: images that stay whole} of each.
+    records: of its shards, in order, with `region_arrays`. whole: {reason: images that stay whole} of each.
     """
     rows: list[np.ndarray] = []
     count = 0

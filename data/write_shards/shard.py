@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from data.coco import OBJECT, object_row
 from data.parallel import check_stop
 from data.tars import SAMPLE, scan_annotated, scan_shard
-from data.write_shards.regions import Rewritten, ShardRegions, rewrite
+from data.write_shards.regions import Rewritten, region_arrays, rewrite
 from data.write_shards.source import Entry
 from repghost.errors import UserError, printable
 from repghost.files import atomic_write, file_sha256
@@ -97,7 +98,8 @@ def write_shard(task: Task) -> Shard:
     from webdataset import TarWriter  # which imports torch, for which nobody who asks for --help should wait
 
     skipped: list[str] = []
-    converted, regions = 0, ShardRegions()
+    described: list[tuple[np.ndarray, np.ndarray] | str] = []  # of data.regions, or why an image stays whole
+    converted = 0
     # A fixed time and owner: the bytes depend on the images alone.
     with atomic_write(task.path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for entry, data in zip(task.entries, task.read(task.entries), strict=True):
@@ -116,7 +118,7 @@ def write_shard(task: Task) -> Shard:
                 raise UserError(f"{entry}: {error}") from None
             converted += changed
             if task.options.regions:
-                regions.add(rewritten)
+                described.append(rewritten if isinstance(rewritten, str) else rewritten.described)
             beside = {"json": entry.annotations} if entry.annotations else {"cls": b"%d" % entry.label}
             writer.write({"__key__": entry.key, extension: stored, **beside})
     # What the index says is what lies on the disk.
@@ -127,10 +129,11 @@ def write_shard(task: Task) -> Shard:
     else:
         rows, _ = scan_shard(str(task.path))
     size, digest = task.path.stat().st_size, file_sha256(task.path)
-    shard = Shard(rows, size, digest, skipped, converted, dict(regions.whole), **annotated)
+    whole = Counter(each for each in described if isinstance(each, str))
+    shard = Shard(rows, size, digest, skipped, converted, dict(whole), **annotated)
     # Without object arrays: the record is read without pickle.
-    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_), "whole": json.dumps(regions.whole)}
-    record |= regions.arrays()
+    record = {**asdict(shard), "skipped": np.array(skipped, dtype=np.str_), "whole": json.dumps(whole)}
+    record |= region_arrays(described)
     with atomic_write(task.record) as file:
         np.savez(file, **record, source=task.digest())
     return shard

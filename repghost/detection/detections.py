@@ -4,7 +4,8 @@ Check: `pytest tests/test_detection_evaluation.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -57,17 +58,20 @@ class Detections:
         )
 
     @staticmethod
-    def joined(batches: Sequence["Detections"], device: torch.device) -> "Detections | None":
+    def joined(batches: Sequence["Detections"]) -> "Detections | None":
         """The detections of these batches of all ranks; None on all ranks but the first.
 
-        To be called on all ranks together. device: of the tensors that they exchange.
+        To be called on all ranks together.
         """
-        empty = Detections.of([], torch.empty(0))
-        columns = [torch.cat([getattr(each, name) for each in (empty, *batches)]) for name in _COLUMNS]
-        gathered: list[Any] = [_gathered(column, device) for column in columns]
-        if gathered[0] is None:
+        of_ranks: list[Any] | None = [batches]
+        if dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+            of_ranks = [None] * ranks if dist.get_rank() == 0 else None
+            dist.gather_object(batches, of_ranks)
+        if of_ranks is None:
             return None
-        return Detections(*gathered)._ordered()
+        every = [Detections.of([], torch.empty(0)), *chain.from_iterable(of_ranks)]
+        columns = {each.name: torch.cat([getattr(found, each.name) for found in every]) for each in fields(Detections)}
+        return Detections(**columns)._ordered()
 
     def _ordered(self) -> "Detections":
         order = self.rows.argsort(stable=True)
@@ -107,26 +111,6 @@ class Detections:
                 size = [image["height"], image["width"]]
                 result["segmentation"] = {"size": size, "counts": content[start:end].decode("ascii")}
             yield result
-
-
-_COLUMNS = ("images", "rows", "labels", "scores", "boxes", "masks", "lengths")
-
-
-def _gathered(rows: Tensor, device: torch.device) -> Tensor | None:
-    """[n, ...] of every rank, one after the other, on the first rank, None on the others."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    ranks, first = dist.get_world_size(), dist.get_rank() == 0
-    counts = torch.zeros(ranks, dtype=torch.int64, device=device)
-    counts[dist.get_rank()] = len(rows)
-    dist.all_reduce(counts)
-    padded = torch.zeros(int(counts.max()), *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows.to(device)
-    parts = [torch.empty_like(padded) for _ in range(ranks)] if first else None
-    dist.gather(padded, parts)
-    return (
-        torch.cat([part[:count].cpu() for part, count in zip(parts, counts.tolist(), strict=True)]) if parts else None
-    )
 
 
 def difference(one: Detections, other: Detections) -> dict[str, float | int]:

@@ -70,7 +70,10 @@ def detector(
     images = {"min_size": image_size[0], "max_size": image_size[-1], **_IMAGENET}
     model: Any
     if name == "ssdlite":
-        model = _ssdlite(SSDLiteBackbone(*body, channels), classes, image_size[0], anchor_sizes, candidates, kept)
+        backbone, size = SSDLiteBackbone(*body, channels), (image_size[0], image_size[0])
+        boxes = DefaultBoxGenerator(_SSD_RATIOS, *anchor_sizes)
+        head = SSDLiteHead(backbone.out_channels, boxes.num_anchors_per_location(), classes, SSDLITE_NORM)
+        model = SSD(backbone, boxes, size, classes, head=head, topk_candidates=candidates, **kept, **_IMAGENET)
     elif name in ("retinanet", "fcos"):
         pyramid = PyramidBackbone(*body, 3, channels, LastLevelP6P7(channels, channels))
         kind, scales, ratios = (RetinaNet, _OCTAVE, _RATIOS) if name == "retinanet" else (FCOS, (1,), (1.0,))
@@ -104,19 +107,6 @@ def _require_possible(
         raise UserError(
             f"detector.channels={channels}: fcos takes multiples of {_FCOS_GROUPS} from {2 * _FCOS_GROUPS} on"
         )
-
-
-def _ssdlite(
-    backbone: SSDLiteBackbone,
-    classes: int,
-    side: int,
-    anchor_sizes: Sequence[float],
-    candidates: int,
-    kept: dict[str, Any],
-) -> SSD:
-    anchors = DefaultBoxGenerator(_SSD_RATIOS, *anchor_sizes)
-    head = SSDLiteHead(backbone.out_channels, anchors.num_anchors_per_location(), classes, SSDLITE_NORM)
-    return SSD(backbone, anchors, (side, side), classes, head=head, topk_candidates=candidates, **kept, **_IMAGENET)
 
 
 def _anchors(sizes: Sequence[float], scales: Sequence[float], ratios: Sequence[float]) -> AnchorGenerator:

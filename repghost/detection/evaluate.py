@@ -7,6 +7,7 @@ Check: `pytest tests/test_detection_evaluation.py`.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from repghost.detection.module import WITH_MASKS
 from repghost.detection.reports import PICTURES, REPORTS, write_reports
 from repghost.detection.run import load_detector
 from repghost.errors import UserError
-from repghost.evaluation.finish import Subject, finish_run, record_evaluation, title_of_run
+from repghost.evaluation.finish import Subject, finish_run, record_evaluation
 from repghost.evaluation.outcome import changes, reports_folder
 from repghost.evaluation.reports import report_names
 from repghost.model import count_parameters
@@ -54,15 +55,14 @@ class DetectorEvaluation(pl.LightningModule):
                 batches.append(Detections.of(model(batch.images), batch.positions))
 
     def on_validation_epoch_end(self) -> None:
-        trained, fused = (Detections.joined(batches, self.device) for batches in self._batches)
+        trained, fused = (Detections.joined(batches) for batches in self._batches)
         self.found = (trained, fused) if trained is not None and fused is not None else None
 
 
 def subject_of_run(directory: Path, selection: str) -> Subject:
     """The averaged detector of the last or the best epoch of a run."""
     network, classes, epoch = load_detector(directory, selection)
-    title = title_of_run(directory, selection)
-    return Subject(network, directory.name, title, directory, "ema", epoch, selection, directory, classes)
+    return Subject.of_run(directory, selection, network, epoch, classes)
 
 
 def subject_of(config: DictConfig, exported: nn.Module | None) -> Subject:
@@ -143,18 +143,8 @@ def table(evaluation: dict[str, Any], title: str) -> str:
     return "\n".join([*lines, f"  fusing changes scores by at most {fused['max_score_diff']:.1e}{unmatched}"])
 
 
-def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
-    finish_run(
-        directory,
-        config,
-        trainer,
-        data,
-        subject_of_run=subject_of_run,
-        evaluate=evaluate,
-        table=table,
-        pictures=PICTURES,
-    )
+# For the end of a training.
+evaluate_run = partial(finish_run, subject_of_run=subject_of_run, evaluate=evaluate, table=table, pictures=PICTURES)
 
 
 def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> None:

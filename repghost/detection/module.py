@@ -92,7 +92,7 @@ class DetectorTraining(TrainingModule):
 
     def on_validation_epoch_end(self) -> None:
         trainer: Any = self.trainer
-        joined = [Detections.joined(found, self.device) for found in self._found]
+        joined = [Detections.joined(found) for found in self._found]
         figures: dict[str, float] = {}
         index: DetectionIndex = trainer.datamodule.index("val")
         for name, detections in zip(("val", "ema"), joined, strict=True):

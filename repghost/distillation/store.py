@@ -78,26 +78,20 @@ class LogitsStore:
         records = np.zeros(len(logits.values), self.record)
         records["values"], records["classes"] = logits.values.numpy(), logits.classes.numpy()
         records["checksum"] = _checksums(records.tobytes(), self.record.itemsize)
-        content = memoryview(records.tobytes())
-        path, offset = self.path(epoch), start * self.record.itemsize
-        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        path = self.path(epoch)
         try:
-            while content:
-                written = os.pwrite(file, content, offset)
-                content, offset = content[written:], offset + written
+            # Which keeps what is in the file.
+            with open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)) as file:
+                file.seek(start * self.record.itemsize)
+                file.write(records.tobytes())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say where
-        finally:
-            os.close(file)
 
     def sync(self, epoch: int) -> None:
         """Returns when what this process wrote of an epoch is on the disk."""
         if self.path(epoch).exists():
-            file = os.open(self.path(epoch), os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            with open(self.path(epoch), "rb") as file:
+                os.fsync(file.fileno())
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

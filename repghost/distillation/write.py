@@ -6,7 +6,7 @@ devices as a training does. Check: `pytest tests/test_logits_store.py`.
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,6 @@ class LogitsWriter(TrainingModule):
 
     def epoch_learning_rate(self, epoch: int) -> float:
         return 0.0
-
-    def epoch_words(self, row: Mapping[str, float]) -> str:
-        return ""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -7,6 +7,7 @@ evaluate.py; what it returns is the content of evaluation.json. Check: `pytest t
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,8 @@ from torch import Tensor, nn
 
 from repghost.dataset import Batch, DataModule
 from repghost.errors import UserError
-from repghost.evaluation.finish import Subject, finish_run, record_evaluation, title_of_run
-from repghost.evaluation.outcome import (
-    changes,
-    interval,
-    reports_folder,
-    table,
-)
+from repghost.evaluation.finish import Subject, finish_run, record_evaluation
+from repghost.evaluation.outcome import changes, interval, reports_folder, table
 from repghost.evaluation.reports import PICTURES, Predictions, report_names, write_reports
 from repghost.evaluation.test_sets import LabelMap, label_map
 from repghost.metrics import Scores, scores
@@ -110,10 +106,8 @@ def _figures(of: Scores) -> dict[str, Any]:
 def subject_of_run(directory: Path, selection: str) -> Subject:
     """The averaged network of the last or the best epoch of a run."""
     network, epoch = load_run(directory, selection)
-    title = title_of_run(directory, selection)
     data = recorded_data(directory)
-    classes = data.classes if data else None
-    return Subject(network, directory.name, title, directory, "ema", epoch, selection, directory, classes)
+    return Subject.of_run(directory, selection, network, epoch, data.classes if data else None)
 
 
 def subject_of(config: DictConfig, exported: nn.Module | None) -> Subject:
@@ -179,18 +173,8 @@ def evaluate(
     return found
 
 
-def evaluate_run(directory: Path, config: DictConfig, trainer: pl.Trainer, data: DataModule) -> None:
-    """Evaluates the averaged weights of the last and of the best epoch of a run, writes and prints the results."""
-    finish_run(
-        directory,
-        config,
-        trainer,
-        data,
-        subject_of_run=subject_of_run,
-        evaluate=evaluate,
-        table=table,
-        pictures=PICTURES,
-    )
+# For the end of a training.
+evaluate_run = partial(finish_run, subject_of_run=subject_of_run, evaluate=evaluate, table=table, pictures=PICTURES)
 
 
 def record(config: DictConfig, subject: Subject, evaluation: dict[str, Any]) -> None:

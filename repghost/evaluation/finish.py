@@ -45,10 +45,13 @@ class Subject:
     run: Path | None = None
     classes: Sequence[str] | None = None
 
-
-def title_of_run(directory: Path, selection: str) -> str:
-    """The line above the figures of a run's last or best epoch."""
-    return f"{directory}, EMA, {selection.replace('_', ' ')} epoch"
+    @classmethod
+    def of_run(
+        cls, run: Path, selection: str, network: nn.Module, epoch: int, classes: Sequence[str] | None
+    ) -> "Subject":
+        """The averaged network of a run's last or best epoch."""
+        title = f"{run}, EMA, {selection.replace('_', ' ')} epoch"
+        return cls(network, run.name, title, run, "ema", epoch, selection, run, classes)
 
 
 def record_evaluation(config: DictConfig, subject: Subject, evaluation: dict[str, Any], printed: str) -> None:

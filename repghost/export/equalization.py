@@ -124,7 +124,8 @@ def rescale(link: Link, factors: Tensor) -> None:
         if writer.bias is not None:  # it has one, fused
             writer.bias.mul_(factors)
     for reader in link.readers:
-        reader.weight.div_(factors.view(_along_inputs(reader)))
+        behind = reader.weight.ndim - (1 if _is_depthwise(reader) else 2)  # axes behind that of the inputs
+        reader.weight.div_(factors.view(-1, *[1] * behind))
 
 
 def _seen(
@@ -201,10 +202,3 @@ def _error(reader: Layer, inputs: Inputs, factors: Tensor) -> float:
 
 def _is_depthwise(layer: Layer) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1
-
-
-def _along_inputs(layer: Layer) -> list[int]:
-    """The shape of a vector of the input channels beside the layer's weight."""
-    shape = [1] * layer.weight.ndim
-    shape[0 if _is_depthwise(layer) else 1] = -1
-    return shape

@@ -27,7 +27,7 @@ from repghost.files import write_text
 from repghost.model import RepGhostNet
 from repghost.networks import preprocessing_of
 from repghost.reference import timm_name
-from repghost.run import SELECTIONS, class_names_of, data_name, load_run, read_config
+from repghost.run import SELECTIONS, class_names_of, data_name, evaluation_name, load_run, read_config, read_evaluation
 from repghost.weights import WEIGHTS_FILE, read_description, save_weights
 
 
@@ -40,7 +40,9 @@ def export_hub(options: Options, out: Path) -> None:
     assert options.run is not None
     directory, selection = options.run, options.selection or "last"
     config = read_config(directory)
-    evaluation = _evaluation(directory, selection)
+    path = directory / evaluation_name(selection)
+    if (evaluation := read_evaluation(path)) is None:
+        raise UserError(f"{path}: missing; python evaluate.py run={directory} selection={selection} writes it")
     model, _ = load_run(directory, selection)
     description = read_description(directory / "checkpoints" / SELECTIONS[selection])
     described = _timm_config(model, description, class_names_of(directory))
@@ -55,13 +57,6 @@ def export_hub(options: Options, out: Path) -> None:
     export(replace(onnx, out=out / "onnx" / "model.onnx", int8=False, calibration=None))
     if options.calibration is not None:
         export(replace(onnx, out=out / "onnx" / "model_int8.onnx", int8=True))
-
-
-def _evaluation(directory: Path, selection: str) -> dict[str, Any]:
-    path = directory / ("evaluation.json" if selection == "last" else f"evaluation_{selection}.json")
-    if not path.exists():
-        raise UserError(f"{path}: missing; python evaluate.py run={directory} selection={selection} writes it")
-    return json.loads(path.read_text())
 
 
 def _timm_config(model: RepGhostNet, description: Description, names: Sequence[str] | None) -> dict[str, Any]:

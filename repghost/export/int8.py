@@ -7,8 +7,7 @@ Check: `pytest tests/test_quantize.py`.
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,20 +31,11 @@ ROUNDS = 20  # of timing: one call in float32 and one in INT8
 NOTABLE = 0.5  # points of Top-1; a larger loss gets advice
 
 
-@dataclass(frozen=True)
-class Exports:
-    """The same network in the same format, in float32 and in INT8, and the sizes of the files in bytes."""
-
-    float32: ExportedModel
-    int8: ExportedModel
-    float32_size: int
-    int8_size: int
-
-
 @torch.no_grad()
 def report(
     network: RepGhostNet,
-    exports: Exports,
+    models: Mapping[str, ExportedModel],
+    sizes: Mapping[str, int],
     photographs: Sequence[Photograph],
     classes: Sequence[str],
     deployment: Deployment,
@@ -53,26 +43,28 @@ def report(
 ) -> str:
     """What INT8 loses of the fused `network`, a page to read. The same, and every layer, goes beside `out` as JSON.
 
+    models, sizes: `float32` and `int8`, the same network in the same format, and the bytes of the two files.
     photographs: that it is measured on. classes: names of the network's labels, where they are known; the accuracy is
     that of photographs whose class is one of them. Raises UserError when outputs are not finite.
     """
-    inputs = inputs_of([photograph.image for photograph in photographs], deployment)
+    images = [photograph.image for photograph in photographs]
+    inputs = inputs_of(images, deployment)
     exact, rounded = (
-        torch.cat([model(x) for x in tqdm(inputs, what, disable=None, leave=False)])[: len(photographs)]
-        for what, model in (("float32", exports.float32), ("INT8", exports.int8))
+        torch.cat([models[form](x) for x in tqdm(inputs, form, disable=None, leave=False)])[: len(images)]
+        for form in ("float32", "int8")
     )
     if not bool(rounded.isfinite().all()):
         raise UserError("the export is wrong, nothing was written: its outputs are not finite")
     found = {
         "file": str(out),
         "images": len(photographs),
-        "bytes": {"float32": exports.float32_size, "int8": exports.int8_size},
+        "bytes": dict(sizes),
         "top1_agreement": 100 * float((exact.argmax(1) == rounded.argmax(1)).float().mean()),
         "sqnr_db": sqnr(exact, rounded),
         "top1": _accuracies(photographs, classes, exact, rounded),
-        "milliseconds": _milliseconds(exports, inputs[0]),
+        "milliseconds": _milliseconds(models, inputs[0]),
         "threads": torch.get_num_threads(),
-        "layers": layer_losses(network, _normalized(photographs[:EXAMINED], deployment)),
+        "layers": layer_losses(network, torch.cat(inputs_of(images[:EXAMINED], Deployment(deployment.preprocessing)))),
     }
     write_text(out.with_suffix(".int8.json"), json.dumps(found, indent=2) + "\n")
     return "\n".join(_page(found, out))
@@ -122,21 +114,15 @@ def _accuracies(
     return {"float32": float32, "int8": int8, "images": len(rows)}
 
 
-def _milliseconds(exports: Exports, images: Tensor) -> dict[str, float]:
-    """Of a call, the median; both take turns."""
-    models, taken = {"float32": exports.float32, "int8": exports.int8}, {"float32": [0.0], "int8": [0.0]}
-    for number in range(ROUNDS + 1):
-        for name, model in models.items():
+def _milliseconds(models: Mapping[str, ExportedModel], images: Tensor) -> dict[str, float]:
+    """Of a call, the median without the first; they take turns."""
+    taken: dict[str, list[float]] = {form: [] for form in models}
+    for _ in range(ROUNDS + 1):
+        for form, model in models.items():
             start = time.perf_counter()
             model(images)
-            if number:
-                taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: median(values[1:]) for name, values in taken.items()}
-
-
-def _normalized(photographs: Sequence[Photograph], deployment: Deployment) -> Tensor:
-    images = [photograph.image for photograph in photographs]
-    return torch.cat(inputs_of(images, Deployment(deployment.preprocessing)))
+            taken[form].append(1000 * (time.perf_counter() - start))
+    return {form: median(values[1:]) for form, values in taken.items()}
 
 
 def sqnr(exact: Tensor, quantized: Tensor) -> float:

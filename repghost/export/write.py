@@ -5,24 +5,24 @@ Check: `pytest tests/test_export.py tests/test_runtimes.py tests/test_quantize.p
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from repghost.errors import UserError
 from repghost.export.check import compare, inputs_of
 from repghost.export.deployable import Deployable, Deployment, metadata_of
 from repghost.export.equalization import equalize
-from repghost.export.int8 import Exports, report
+from repghost.export.int8 import report
 from repghost.export.options import FORMATS, Options
 from repghost.export.photographs import Photograph, read_photographs, sample_photographs
-from repghost.export.progress import Progress
 from repghost.export.runtimes import ExportedModel, is_exported, open_as, quiet, require
 from repghost.files import TEMPORARY
 from repghost.images import Preprocessing
@@ -102,9 +102,25 @@ def _write_int8(options: Options, network: Network, deployment: Deployment, path
         inputs = Progress(inputs_of(calibration, deployment), "calibrating", terminal)
         _write(options, network._replace(model=equalized), deployment, path, inputs)
     _say("comparing with float32, and every layer alone")
-    exports = Exports(_open(options, exact), _open(options, path), _size(options, exact), _size(options, path))
+    paths = {"float32": exact, "int8": path}
+    models = {form: _open(options, file) for form, file in paths.items()}
+    sizes = {form: _size(options, file) for form, file in paths.items()}
     classes = network.description.classes or ()
-    return report(network.model, exports, scored, classes, deployment, out)
+    return report(network.model, models, sizes, scored, classes, deployment, out)
+
+
+class Progress(list[Tensor]):
+    """Batches, with a bar on `terminal` whenever they are read from the first to the last.
+
+    For quantizers, whose own messages go into nothing.
+    """
+
+    def __init__(self, batches: Sequence[Tensor], title: str, terminal: TextIO) -> None:
+        super().__init__(batches)
+        self._title, self._terminal = title, terminal
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(tqdm(super().__iter__(), self._title, len(self), file=self._terminal, disable=None, leave=False))
 
 
 def _photographs(options: Options, count: int) -> list[Photograph]:

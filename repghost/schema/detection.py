@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from repghost.schema.keys import Built, BuiltLater, Devices, SGDRecipe, Shards, Shared, Training
 from repghost.schema.values import (
+    PAIR,
     Convert,
     Count,
     Path,
@@ -22,11 +23,7 @@ from repghost.schema.values import (
 )
 
 DetectionReport = Literal["classes", "predictions", "pictures"]
-_Scales = Annotated[
-    list[Annotated[float, Field(ge=0.1, le=4)]],
-    AfterValidator(ascending),
-    Field(min_length=2, max_length=2, json_schema_extra={"shape": "[LOW,HIGH] in this order"}),
-]
+_Scales = Annotated[list[Annotated[float, Field(ge=0.1, le=4)]], AfterValidator(ascending), Field(**PAIR)]
 _Sizes = Annotated[
     list[Annotated[int, Field(ge=32, le=4096)]], AfterValidator(ascending), Field(min_length=1, max_length=2)
 ]

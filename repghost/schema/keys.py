@@ -25,7 +25,6 @@ from repghost.schema.values import (
     Target,
     Text,
     key,
-    optional,
 )
 
 
@@ -86,10 +85,6 @@ class SGDRecipe(Part):
     )
 
 
-class TrainingDevices(Devices):
-    """`trainer` of conf/train.yaml."""
-
-
 class Checkpoints(Part):
     minutes: Positive = key("last.ckpt is written this often within an epoch, and at the end of every epoch")
     exit_code: Annotated[int, Field(ge=1, le=255)] = key(
@@ -109,14 +104,14 @@ class Logger(Part):
     """conf/logger: each choice has some of the keys, and its class others, which can be given as +logger.KEY=VALUE."""
 
     model_config = ConfigDict(extra="allow")
-    target: Target = optional()
-    convert: Convert = optional()
+    target: Target = key(default=None)
+    convert: Convert = key(default=None)
     sub_dir: Text = key("logger=tensorboard: folder of its files in the run's folder", default=None)
     project: Text = key("logger=wandb: project at Weights & Biases", default=None)
     group: Text | None = key("logger=wandb: group of runs; null: WANDB_RUN_GROUP, which a sweep sets", default=None)
     offline: bool = key("logger=wandb: write to the run's folder only, which needs no account", default=None)
     finish_seconds: NotNegative = key("logger=wandb: how long the end of a run waits for uploads", default=None)
-    settings: LoggerSettings = optional()
+    settings: LoggerSettings = key(default=None)
 
 
 class Training(Shared):
@@ -132,7 +127,7 @@ class Training(Shared):
     profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
     checkpoint: Checkpoints
     curve_seconds: NotNegative = key("curve.png is drawn again at the end of an epoch when it is older")
-    trainer: TrainingDevices
+    trainer: Devices
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = key("passes over the training images")
     batch_size: Annotated[int, Field(ge=2, le=1_048_576)] = key("images of a step on all devices together")
     recipe: Any

@@ -14,12 +14,8 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def key(sentence: str, **limits: Any) -> Any:
+def key(sentence: str | None = None, **limits: Any) -> Any:
     return Field(description=sentence, **limits)
-
-
-def optional() -> Any:
-    return Field(None)
 
 
 def ascending(values: list[float]) -> list[float]:
@@ -55,9 +51,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 
-_PAIR: dict[str, Any] = {"min_length": 2, "max_length": 2, "json_schema_extra": {"shape": "[LOW,HIGH] in this order"}}
-Shares = Annotated[list[ShareAboveZero], AfterValidator(ascending), Field(**_PAIR)]
-Positives = Annotated[list[Positive], AfterValidator(ascending), Field(**_PAIR)]
+PAIR: dict[str, Any] = {"min_length": 2, "max_length": 2, "json_schema_extra": {"shape": "[LOW,HIGH] in this order"}}
+Shares = Annotated[list[ShareAboveZero], AfterValidator(ascending), Field(**PAIR)]
+Positives = Annotated[list[Positive], AfterValidator(ascending), Field(**PAIR)]
 _RGB: dict[str, Any] = {"min_length": 3, "max_length": 3, "json_schema_extra": {"shape": "[R,G,B]"}}
 Mean = Annotated[list[Share], Field(**_RGB)]
 Std = Annotated[list[ShareAboveZero], Field(**_RGB)]

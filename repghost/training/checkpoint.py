@@ -180,8 +180,6 @@ class Checkpoints(Checkpoint):
     record: Callable[[], None] | None = None
 
     def __init__(self, folder: Path, minutes: float, exit_code: int, background: bool | str) -> None:
-        if minutes <= 0:
-            raise UserError(f"checkpoint.minutes={minutes}: more than zero")
         # Who started the ranks speaks for them.
         started = multiprocessing.parent_process() is not None
         self.signals = StopSignals(exit_code, quiet=started or rank_zero_only.rank != 0)  # type: ignore[attr-defined]

@@ -9,12 +9,12 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partialmethod
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytorch_lightning as pl
@@ -48,7 +48,8 @@ class GuardedLogger(Logger):
         if self._logger is None:
             return
         try:
-            with _no_questions():
+            # Without the terminal wandb cannot ask who logs in, and wait: it fails and says what to do.
+            with open(os.devnull) as nothing, mock.patch.object(sys, "stdin", nothing):
                 getattr(self._logger, method)(*arguments, **options)
             if method == "finalize":
                 self._logger = None
@@ -80,18 +81,6 @@ class RunTensorBoardLogger(TensorBoardLogger):
         for path in images:
             with Image.open(path) as image:
                 self.experiment.add_image(key, np.asarray(image.convert("RGB")), dataformats="HWC")
-
-
-@contextmanager
-def _no_questions() -> Iterator[None]:
-    """Hides the terminal, at which wandb would ask who logs in, and wait: it fails instead and says what to do."""
-    stdin = sys.stdin
-    with open(os.devnull) as nothing:
-        sys.stdin = nothing
-        try:
-            yield
-        finally:
-            sys.stdin = stdin
 
 
 class RunWandbLogger(WandbLogger):
@@ -213,17 +202,10 @@ class RunFiles(Callback):
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Appends a row to a CSV file; one of an earlier version, without some of its columns, gets them, empty."""
-    header, _, line = rows_as_csv([row]).partition("\n")
-    with open(path, "a+", newline="", errors="replace") as file:
-        file.seek(0)
-        before = file.readline()
-        if before.rstrip("\r\n") == header:
-            file.write(line)
-            return
-        file.seek(0)
-        rows = [{column: old.get(column) for column in row} for old in csv.DictReader(file)]
-    write_text(path, rows_as_csv([*rows, row], list(row)))
+    """Adds a row to a CSV file; one of an earlier version, without some of its columns, gets them, empty."""
+    before = csv.DictReader(path.read_text(errors="replace").splitlines()) if path.exists() else ()
+    rows = [{column: old.get(column) for column in row} for old in before]
+    write_text(path, rows_as_csv([*rows, row]))
 
 
 def _seconds_waited(trainer: pl.Trainer) -> float:

@@ -19,7 +19,7 @@ from functools import cache
 from types import FrameType
 from typing import Self
 
-from repghost.errors import StoppedTogether, UserError
+from repghost.errors import StoppedTogether
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # the last one is submitit's
 
@@ -33,8 +33,6 @@ class StopSignals:
     """
 
     def __init__(self, exit_code: int, quiet: bool = False) -> None:
-        if not 1 <= exit_code <= 255:
-            raise UserError(f"checkpoint.exit_code={exit_code} is not in 1 to 255")
         self.received = self.deferred = False
         self._exit_code = exit_code
         self._quiet = quiet
