@@ -71,6 +71,24 @@ def no_shortcuts() -> None:
     """A command does all that it does for a user."""
 
 
+@pytest.fixture(scope="module")
+def few_blocks() -> Iterator[None]:
+    """Networks have few blocks in all tests of a module, and in its fixtures."""
+    from helpers import FEW_BLOCKS, use_blocks
+
+    with pytest.MonkeyPatch.context() as patched:
+        use_blocks(patched, FEW_BLOCKS)
+        yield
+
+
+@pytest.fixture
+def all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks have the blocks of the paper, also where a command builds them."""
+    from helpers import ALL_BLOCKS, use_blocks
+
+    use_blocks(monkeypatch, ALL_BLOCKS)
+
+
 def pytest_collection_finish() -> None:
     """Lets Python's garbage collector pass by what was imported."""
     if "torch" in sys.modules:
@@ -107,9 +125,12 @@ Program = Callable[..., int]
 
 def train_in(folder: Path, *arguments: str) -> None:
     """Trains a tiny network, for fixtures that several tests share; `train_tiny` is for one test."""
+    from helpers import FEW_BLOCKS, use_blocks
+
     use_one_thread()
     with pytest.MonkeyPatch.context() as patched:
         take_shortcuts(patched)
+        use_blocks(patched, FEW_BLOCKS)
         patched.chdir(folder)
         patched.setattr(sys, "argv", ["train.py", *TINY, *arguments])
         train.main()
@@ -127,11 +148,18 @@ def end_logging() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Program]:
-    """Calls a program's main with a command line, in an empty folder; returns the exit code."""
+    """Calls a program's main with a command line, in an empty folder; returns the exit code.
+
+    Networks have few blocks, unless the test has the fixture `all_blocks` or `no_shortcuts`.
+    """
+    from helpers import FEW_BLOCKS, use_blocks
+
     use_one_thread()
     monkeypatch.chdir(tmp_path)
     if "no_shortcuts" not in request.fixturenames:
         take_shortcuts(monkeypatch)
+    if not {"no_shortcuts", "all_blocks"} & {*request.fixturenames}:
+        use_blocks(monkeypatch, FEW_BLOCKS)
 
     def program(main: Callable[[], None], *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *arguments])
@@ -177,10 +205,11 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def forked_ranks(monkeypatch: pytest.MonkeyPatch, all_blocks: None) -> None:
     """The ranks of a run are copies of this process instead of new ones, which would import everything first.
 
-    New ones all the same where another test has started autograd's threads, after which no copy could train.
+    New ones all the same where another test has started autograd's threads, after which no copy could train: these
+    know nothing of networks with few blocks.
     """
     import torch
     from torch.distributed.launcher.api import LaunchConfig

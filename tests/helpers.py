@@ -1,4 +1,4 @@
-"""What several tests share: photographs, BatchNorms that are not fresh, a time limit, a compiler, a short program."""
+"""What several tests share: photographs, small networks, BatchNorms that are not fresh, a time limit, a script."""
 
 import functools
 import multiprocessing
@@ -21,6 +21,14 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repghost import model
+
+ALL_BLOCKS = model.STAGES
+# A block of every stride, and one with a shortcut: six of the sixteen. What surrounds a network does not need more.
+FEW_BLOCKS = (
+    ALL_BLOCKS[0], ALL_BLOCKS[1], (), ALL_BLOCKS[3], (), ALL_BLOCKS[5], (), ALL_BLOCKS[7], ALL_BLOCKS[8][-1:],
+)  # fmt: skip
+
 # What torch.compile needs on a CPU.
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]))
@@ -29,8 +37,20 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@cache
+def _macs_of(stages: object) -> object:
+    """A `_count_macs` that has not counted yet: it does not know that networks of one width can differ."""
+    return cache(model._count_macs.__wrapped__)
+
+
+def use_blocks(patched: pytest.MonkeyPatch, stages: object) -> None:
+    """Networks that are built from here on have these blocks."""
+    patched.setattr(model, "STAGES", stages)
+    patched.setattr(model, "_count_macs", _macs_of(stages))
+
+
 @torch.no_grad()
-def randomize_batchnorm(model: nn.Module, seed: int) -> None:
+def randomize_batchnorm(network: nn.Module, seed: int) -> None:
     """Random statistics and affine weights in every BatchNorm of a float32 RepGhostNet (ours or timm's).
 
     Fresh BatchNorms are nearly the identity and hide errors. The statistics are those of some photographs,
@@ -51,11 +71,11 @@ def randomize_batchnorm(model: nn.Module, seed: int) -> None:
         bn.weight.copy_(uniform(mean, 0.5, 1.5) * uniform(mean, -0.1, 1).sign())
         bn.bias.copy_(uniform(mean, 0, 1))
 
-    modes = {module: module.training for module in model.modules()}
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    modes = {module: module.training for module in network.modules()}
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(from_input) for norm in norms]
-    in_channels = next(model.parameters()).shape[1]
-    model.eval()(photographs(8, 96)[:, torch.arange(in_channels) % 3])
+    in_channels = next(network.parameters()).shape[1]
+    network.eval()(photographs(8, 96)[:, torch.arange(in_channels) % 3])
     for hook in hooks:
         hook.remove()
     for module, training in modes.items():

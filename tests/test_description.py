@@ -21,6 +21,8 @@ from repghost.predict.predictor import classify
 from repghost.reference import synsets
 from repghost.weights import load_model, read_description, read_weights, save_weights
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 KNOWN = Description(
     width=0.1, form="training", classes=("ä", "=b", "c\n"), image_size=32, crop_fraction=1.0,
     mean=(0.1, 0.5, 0.9), std=(0.5, 0.25, 0.75), recipe="quick", data="abc",

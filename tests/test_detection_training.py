@@ -33,6 +33,8 @@ from repghost.run import objective, read_config
 from repghost.training.module import parameter_groups
 from repghost.training.schedule import step_learning_rate
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 ROOT = Path(__file__).parents[1]
 Program = Callable[..., int]
 TINY = [

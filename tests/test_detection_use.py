@@ -23,6 +23,8 @@ from repghost.export.photographs import sample_photographs
 from repghost.predict import __main__ as predict
 from repghost.weights import load_model, save_weights
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 SLOW = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
 NAMES = ["cat", "traffic light", "Z\u00fcge"]
 

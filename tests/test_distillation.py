@@ -32,6 +32,8 @@ from repghost.training.classifier import ImageClassifier
 from repghost.training.trainer import compile_step
 from repghost.weights import load_described, read_checkpoint, save_weights
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 Program = Callable[..., int]
 OURS = Inputs(None, IMAGENET_MEAN, IMAGENET_STD)
 NAMES = ("ant", "bee", "cat")
@@ -249,7 +251,8 @@ def test_what_cannot_be_meant(
     assert message in said and said.count("\n") == 1
 
 
-def test_two_ranks_and_a_teacher(finished_run: Path, train_tiny: Program, forked_ranks: None) -> None:
+def test_two_ranks_and_a_teacher(train_tiny: Program, forked_ranks: None) -> None:
+    assert train_tiny("name=a", "epochs=1") == 0
     assert train_tiny(*taught("epochs=1", "trainer.devices=2", "trainer.threads=1")) == 0
     assert read_checkpoint("outputs/b/checkpoints/last.ckpt")["teacher"] == "outputs/a"
 

@@ -98,6 +98,7 @@ def check_against_timm(evaluate_with: Program, folder: Path, width: float, count
     assert wrong <= max(2, 0.04 * count), "a random network's classes are nearly tied in some"
 
 
+@pytest.mark.usefixtures("all_blocks")
 def test_as_timm_on_photographs(evaluate_with: Program, tmp_path: Path) -> None:
     check_against_timm(evaluate_with, tmp_path, 0.5, 40, 64, loss=3e-3)
 

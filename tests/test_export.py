@@ -35,6 +35,8 @@ from repghost.model import WIDTHS
 from repghost.reference import timm_name
 from repghost.weights import load_model, save_weights
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 Program = Callable[..., int]
 NETWORK_FORMATS = ("onnx", "executorch", "torchscript", "coreml", "safetensors")
 
@@ -291,6 +293,7 @@ def test_evaluate_with_executorch(half: Any, evaluate_with: Program, tmp_path: P
     assert mine["images"] == "25" and mine["top1"] == torchs["top1"]
 
 
+@pytest.mark.usefixtures("all_blocks")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 @torch.no_grad()
@@ -317,6 +320,7 @@ def test_check_takes_the_users_photographs(half: Any, shards: Path, capsys: pyte
         assert f"images of {source}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("all_blocks")
 def test_timm_loads_what_is_exported_for_the_hub(train_tiny: Program, capsys: pytest.CaptureFixture[str]) -> None:
     normalization = ("recipe.augment.mean=[0.1,0.5,0.9]", "recipe.augment.std=[0.5,0.25,0.75]")
     assert train_tiny("name=half", "width=0.5", "epochs=1", *normalization) == 0

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,22 @@ from repghost.distillation.store import LogitsStore, top_logits
 from repghost.distillation.write import LogitsWriter
 from repghost.errors import UserError, run_command
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 Program = Callable[..., int]
 TEACHER = ("teacher=outputs/a", "recipe.augment.erase.probability=0.5")
 TAUGHT = ("recipe.teacher_weight=0.5", "recipe.teacher_temperature=2", "recipe.augment.erase.probability=0.5")
 
 
+def write(shards: Path, *arguments: str) -> int:
+    """Calls python -m repghost.teach; outputs/a is the teacher."""
+    return run_command(lambda: teach.main([*TINY, f"data.root={shards}", *TEACHER, *arguments]))
+
+
 @pytest.fixture
 def store(finished_run: Path, shards: Path) -> Program:
-    """Calls python -m repghost.teach; outputs/a is the teacher."""
-
-    def write(*arguments: str) -> int:
-        return run_command(lambda: teach.main([*TINY, f"data.root={shards}", *TEACHER, *arguments]))
-
-    return write
+    """Calls python -m repghost.teach with a teacher that is there."""
+    return partial(write, shards)
 
 
 def relative(one: Path, other: Path) -> float:
@@ -70,9 +74,10 @@ def files(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.*")}
 
 
-def test_any_number_of_devices_writes_the_same(store: Program, forked_ranks: None) -> None:
-    assert store("top=3", "one") == 0
-    assert store("top=3", "trainer.devices=2", "trainer.threads=1", "two") == 0
+def test_any_number_of_devices_writes_the_same(train_tiny: Program, shards: Path, forked_ranks: None) -> None:
+    assert train_tiny("name=a", "epochs=1") == 0
+    assert write(shards, "top=3", "one") == 0
+    assert write(shards, "top=3", "trainer.devices=2", "trainer.threads=1", "two") == 0
     one, two = (LogitsStore.open(folder) for folder in ("one", "two"))
     assert one.seen == two.seen and one.written == two.written == 2
     for epoch in range(2):

@@ -18,13 +18,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import take_shortcuts, train_in
-from helpers import time_limit
+from helpers import FEW_BLOCKS, time_limit, use_blocks
 from images import encoded, make_class_folders, make_images, patch
 from outcomes import REFUSED, SLOW, WORKS
 from safetensors.torch import save_file
 
 from data.write_shards.write import write_folder
 from repghost import repghostnet
+
+pytestmark = pytest.mark.usefixtures("few_blocks")
 
 ROOT = Path(__file__).parents[1]
 PROGRESS = re.compile(r"\d+%\|")
@@ -50,7 +52,10 @@ def places(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, 
     make_class_folders(found["flat"])
     make_images(found["broken"], train=5, val=3)
     (found["broken"] / "train" / "cat" / "broken.jpg").write_bytes(b"<html>404</html>")
-    found |= _files(base) | _weights(base) | _shards(base, shards)
+    with pytest.MonkeyPatch.context() as patched:
+        use_blocks(patched, FEW_BLOCKS)
+        found |= _weights(base)
+    found |= _files(base) | _shards(base, shards)
     found["shards"] = shards
     found["run"], found["model"] = base / "runs" / "done", base / "runs" / "done" / "model.safetensors"
     found["fused"] = base / "runs" / "done" / "model_fused.safetensors"
