@@ -44,6 +44,13 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def start_autograd() -> None:
+    """Now, while it finds no GPU: for a fake one, as exports have, it would start threads, and no copy could train."""
+    import torch
+
+    torch.ones(1, requires_grad=True).backward()
+
+
 def take_shortcuts(patched: pytest.MonkeyPatch) -> None:
     """Leaves out what takes a third of a command on tiny data, and has tests of its own."""
     from hydra._internal.hydra import Hydra
@@ -90,9 +97,10 @@ def all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Lets Python's garbage collector pass by what was imported."""
+    """Prepares the process for the tests: the garbage collector passes by what was imported."""
     if "torch" in sys.modules:
         use_one_thread()
+        start_autograd()
     gc.collect()
     gc.freeze()
 

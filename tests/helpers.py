@@ -1,14 +1,12 @@
 """What several tests share: photographs, small networks, BatchNorms that are not fresh, a time limit, a script."""
 
-import functools
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -105,22 +103,6 @@ def photographs(count: int, size: int) -> Tensor:
         crop = torch.from_numpy(photo[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
         crops.append(F.interpolate(crop.float(), size=(size, size), mode="bilinear", antialias=True))
     return (torch.cat(crops) / 255 - 0.45) / 0.225
-
-
-def in_a_process(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test in a copy of this process.
-
-    Fake tensors of a GPU start autograd's threads, after which no copy of this process could train.
-    """
-
-    @functools.wraps(test)
-    def run(*arguments: object, **keywords: object) -> None:
-        copy = multiprocessing.get_context("fork").Process(target=test, args=arguments, kwargs=keywords)
-        copy.start()
-        copy.join()
-        assert copy.exitcode == 0, "its own message is on stderr"
-
-    return run
 
 
 @contextmanager

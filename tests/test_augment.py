@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from helpers import in_a_process
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
@@ -245,7 +244,6 @@ def test_both_paths_give_the_same_bits(colour: dict[str, Any], channels_last: bo
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("colour", [{"jitter": JITTER_04}, {"rand_augment": RAND_AUGMENT}], ids=["jitter", "rand"])
-@in_a_process
 def test_no_host_synchronisation_on_a_gpu(colour: dict[str, Any], planned: bool, precision: str) -> None:
     """Fake tensors of a GPU have shapes but no values: reading one, or a shape that depends on one, raises."""
     augmenter = augment(flip=0.5, erase=ERASING, **colour)

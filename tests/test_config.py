@@ -12,6 +12,8 @@ from repghost.model import WIDTHS
 from repghost.reference import IMAGENET_MEAN, IMAGENET_STD
 from repghost.run import resolve_recipe
 
+pytestmark = pytest.mark.usefixtures("few_blocks")
+
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = {group.name: sorted(p.stem for p in group.glob("*.yaml")) for group in CONF.iterdir() if group.is_dir()}
 OF_DETECTION = {

@@ -6,7 +6,6 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from helpers import in_a_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -204,7 +203,6 @@ def test_identity_matrix_is_the_identity_of_both_filters() -> None:
         assert torch.equal(affine(images, matrix, bicubic, FILL), images)
 
 
-@in_a_process
 def test_no_host_synchronisation_with_a_plan() -> None:
     """Fake tensors of a GPU have shapes but no values: reading one, or a shape that depends on one, raises."""
     policy = RandAugment(**POLICY)
