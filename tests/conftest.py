@@ -97,12 +97,13 @@ def all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Prepares the process for the tests: the garbage collector passes by what was imported."""
+    """Prepares the process for the tests: the garbage collector passes by what was imported, and comes seldom."""
     if "torch" in sys.modules:
         use_one_thread()
         start_autograd()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
