@@ -286,28 +286,36 @@ def test_a_run_that_lost_its_power_comes_to_the_same(trained: Path, coco: Path, 
     assert_same(trained, tmp_path / "outputs" / "run")
 
 
+@pytest.fixture
+def trained_whole(coco: Path, tmp_path_factory: pytest.TempPathFactory, all_blocks: None) -> Path:
+    """As `trained`, with all blocks: what processes of their own train and read."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_in(folder, f"data.root={coco}", "name=run")
+    return folder / "outputs" / "run"
+
+
 @pytest.mark.slow
-def test_a_signal_stops_a_run_which_then_comes_to_the_same(trained: Path, coco: Path, tmp_path: Path) -> None:
+def test_a_signal_stops_a_run_which_then_comes_to_the_same(trained_whole: Path, coco: Path, tmp_path: Path) -> None:
     with processes(tmp_path, coco, TINY) as start:
         process = start("name=run")
         process.until(lambda: "epoch   1/2" in process.said)
         process.signal(signal.SIGTERM)
         assert process.ends() == 75
         assert start("name=run").ends() == 0
-    assert_same(trained, tmp_path / "outputs" / "run")
+    assert_same(trained_whole, tmp_path / "outputs" / "run")
 
 
 @pytest.mark.slow
-def test_two_ranks_evaluate_to_the_same_figures(trained: Path, coco: Path, tmp_path: Path) -> None:
-    before = json.loads((trained / "evaluation.json").read_text())
+def test_two_ranks_evaluate_to_the_same_figures(trained_whole: Path, tmp_path: Path) -> None:
+    before = json.loads((trained_whole / "evaluation.json").read_text())
     for ranks in (2, 3):
-        command = [sys.executable, str(ROOT / "evaluate.py"), f"run={trained}", "trainer=cpu"]
+        command = [sys.executable, str(ROOT / "evaluate.py"), f"run={trained_whole}", "trainer=cpu"]
         done = subprocess.run(
             [*command, "trainer.threads=1", f"trainer.devices={ranks}"],
             cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        assert json.loads((trained / "evaluation.json").read_text()) == before
+        assert json.loads((trained_whole / "evaluation.json").read_text()) == before
 
 
 @pytest.mark.slow

@@ -145,18 +145,23 @@ def test_errors_that_are_about_no_other_rank(message: str) -> None:
     assert lost_ranks(RuntimeError(message)) is None
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "[/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 60000ms for recv operation to complete",
-        f"[Rank 1] Watchdog caught collective operation timeout: {WORK} before timing out.",
-        "NCCL communicator was aborted on rank 1. Original reason for failure was: [Rank 1] Watchdog caught collective "
-        f"operation timeout: {WORK} before timing out.",
-        "NCCL timeout in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:58",
-        "wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
-    ],
-)
-def test_a_rank_that_does_not_answer(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+TIMEOUTS = [
+    "[/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 60000ms for recv operation to complete",
+    f"[Rank 1] Watchdog caught collective operation timeout: {WORK} before timing out.",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: [Rank 1] Watchdog caught collective "
+    f"operation timeout: {WORK} before timing out.",
+    "NCCL timeout in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:58",
+    "wait timeout after 600000ms, keys: /default_pg/0//cuda//0",
+]
+
+
+@pytest.mark.parametrize("message", TIMEOUTS)
+def test_a_timeout_is_that_of_a_rank(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repghost.lost_ranks._silent_ranks", lambda: "rank 7 does not answer")
+    assert lost_ranks(RuntimeError(message)) == "rank 7 does not answer within trainer.timeout_minutes"
+
+
+def test_a_rank_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three ranks one has written nothing into the store at which they met."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     store.set("answers/0", "")
@@ -165,9 +170,9 @@ def test_a_rank_that_does_not_answer(message: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("repghost.lost_ranks._SECONDS", 1.0)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    assert lost_ranks(RuntimeError(message)) == "rank 2 does not answer within trainer.timeout_minutes"
+    assert lost_ranks(RuntimeError(TIMEOUTS[0])) == "rank 2 does not answer within trainer.timeout_minutes"
     del store
-    assert lost_ranks(RuntimeError(message)) == "rank 0 on localhost does not answer within trainer.timeout_minutes"
+    assert lost_ranks(RuntimeError(TIMEOUTS[0])) == "rank 0 on localhost does not answer within trainer.timeout_minutes"
 
 
 @pytest.mark.slow
