@@ -199,7 +199,7 @@ def test_another_recipe_is_refused(train_tiny: Program, capsys: pytest.CaptureFi
 
 
 @pytest.fixture
-def process(tmp_path: Path, shards: Path) -> Iterator[StartTrain]:
+def process(tmp_path: Path, shards: Path, all_blocks: None) -> Iterator[StartTrain]:
     with processes(tmp_path, shards) as start:
         yield start
 

@@ -108,7 +108,7 @@ def test_ctrl_c_reaches_every_process(process: StartTrain, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def process(tmp_path: Path, shards: Path) -> Iterator[StartTrain]:
+def process(tmp_path: Path, shards: Path, all_blocks: None) -> Iterator[StartTrain]:
     with processes(tmp_path, shards) as start:
         yield start
 
