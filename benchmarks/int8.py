@@ -223,7 +223,7 @@ class Study:
                 path = folder / f"model{kind.ending}"
                 with quiet():
                     module = Deployable.of(model, deployment)
-                    form.write(module, deployment, path, metadata, calibration=inputs, **quantizer)
+                    form.write(module, path, metadata, calibration=inputs, **quantizer)
                 return form.open_model(path)
 
             return write

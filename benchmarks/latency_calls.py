@@ -157,12 +157,12 @@ class Exports:
         noise = [torch.randn(deployment.batch or 1, 3, self._image_size, self._image_size) for _ in range(2)]
         module = Deployable.of(equalize(network, noise) if int8 else network, deployment)
         calibration = {"calibration": noise} if int8 else {}
-        form.write(module, deployment, path, {"precision": deployment.precision}, **calibration)
+        form.write(module, path, {"precision": deployment.precision}, **calibration)
 
     def _write_as_it_is(self, module: nn.Module, form: Any, deployment: Deployment, path: Path) -> None:
         example = (torch.zeros(deployment.batch or 2, 3, self._image_size, self._image_size),)
         if form is not onnx:
-            form.write(module, deployment, path, {})
+            form.write(Deployable(module, deployment).eval(), path, {})
             return
         torch.onnx.export(
             module,

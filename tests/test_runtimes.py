@@ -134,8 +134,7 @@ def quantized(saved_half: tuple[Any, Path], tmp_path_factory: pytest.TempPathFac
     ghost = model.blocks[0][0].ghost1
     ghost.primary_conv[0].weight[0] = ghost.primary_conv[0].bias[0] = 0
     ghost.cheap_operation[0].weight[0] *= 5000
-    deployment = Deployment(Preprocessing(64), None)
-    openvino.write(Deployable.of(model, deployment), deployment, out, {}, [normalized(4, 64)])
+    openvino.write(Deployable.of(model, Deployment(Preprocessing(64), None)), out, {}, [normalized(4, 64)])
     return out
 
 

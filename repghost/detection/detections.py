@@ -69,16 +69,10 @@ class Detections:
             dist.gather_object(batches, of_ranks)
         if of_ranks is None:
             return None
-        every = [Detections.of([], torch.empty(0)), *chain.from_iterable(of_ranks)]
+        # Every batch is of successive images, so that those of all ranks have to be put in order, and nothing in them.
+        every = sorted(chain([Detections.of([], torch.empty(0))], *of_ranks), key=lambda found: found.images.tolist())
         columns = {each.name: torch.cat([getattr(found, each.name) for found in every]) for each in fields(Detections)}
-        return Detections(**columns)._ordered()
-
-    def _ordered(self) -> "Detections":
-        order = self.rows.argsort(stable=True)
-        columns = {name: getattr(self, name)[order] for name in ("rows", "labels", "scores", "boxes", "lengths")}
-        masks = self.masks.split(self.lengths.tolist())
-        ordered = torch.cat([self.masks[:0], *(masks[i] for i in order.tolist())])
-        return Detections(images=self.images.sort().values, masks=ordered, **columns)
+        return Detections(**columns)
 
     def require_all(self, images: int) -> None:
         """Raises UserError unless each of the `images` images of the index was looked at exactly once."""

@@ -3,7 +3,7 @@
 Check: `pytest tests/test_detection_evaluation.py -k report`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import torch
@@ -41,40 +41,27 @@ def draw_detections(
         axis.set_axis_off()
     pictures: list[tuple[Image.Image, str]] = []
     for image, (row, quality) in zip(images, shown, strict=True):
-        pictures.append((_objects(image, row, truth, classes), f"image {truth.images[row]['id']}: its objects"))
-        pictures.append(
-            (_found(image, row, score, detections, truth, classes), f"found: panoptic quality {quality:.0%}")
-        )
+        objects = [each for each in truth.objects(row) if not each.get("iscrowd")]
+        results = detections.results(truth.images, truth.categories, detections.of_image(row))
+        found = [each for each in results if each["score"] >= score]
+        pictures.append((_drawn(image, objects, truth, classes), f"image {truth.images[row]['id']}: its objects"))
+        pictures.append((_drawn(image, found, truth, classes), f"found: panoptic quality {quality:.0%}"))
     for axis, (picture, title) in zip(figure.axes, pictures, strict=False):
         axis.imshow(picture)
         axis.set_title(title, fontsize="small", parse_math=False)
     figure.savefig(file, format="png", dpi=80)
 
 
-def _objects(image: Tensor, row: int, truth: Truth, classes: Sequence[str]) -> Image.Image:
-    annotations = [each for each in truth.objects(row) if not each.get("iscrowd")]
-    boxes, labels = truth.boxes_of(annotations)
-    height, width = image.shape[1:]
-    rles = [mask.segmToRle(each["segmentation"], width, height) for each in annotations if each.get("segmentation")]
-    return _drawn(image, boxes, labels, torch.ones(len(labels)), rles, classes)
-
-
-def _found(
-    image: Tensor, row: int, score: float, detections: Detections, truth: Truth, classes: Sequence[str]
-) -> Image.Image:
-    found = detections.of_image(row)
-    counts = detections.scores[found] >= score
-    results = [*detections.results(truth.images, truth.categories, found)]
-    rles = [result["segmentation"] for result in results if "segmentation" in result and result["score"] >= score]
-    boxes, labels, scores = (getattr(detections, name)[found][counts] for name in ("boxes", "labels", "scores"))
-    return _drawn(image, boxes, labels, scores, rles, classes)
-
-
 def _drawn(
-    image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor, rles: Sequence[Any], classes: Sequence[str]
+    image: Tensor, annotations: Sequence[Mapping[str, Any]], truth: Truth, classes: Sequence[str]
 ) -> Image.Image:
-    scale = max(1, -(-_SIDE // min(image.shape[1:])))
-    size = [scale * side for side in image.shape[1:]]
+    """annotations: COCO's annotations or results of the image."""
+    height, width = image.shape[1:]
+    scale = max(1, -(-_SIDE // min(height, width)))
+    size = [scale * height, scale * width]
+    boxes, labels = truth.boxes_of(annotations)
+    scores = torch.tensor([each.get("score", 1.0) for each in annotations])
+    rles = [mask.segmToRle(each["segmentation"], width, height) for each in annotations if each.get("segmentation")]
     masks = None
     if rles and len(rles) == len(labels):
         pixels = torch.stack([torch.from_numpy(mask.decode(rle)) for rle in rles])

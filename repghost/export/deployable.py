@@ -118,11 +118,11 @@ class Deployable(nn.Module):
 
     def __init__(self, network: nn.Module, deployment: Deployment) -> None:
         super().__init__()
+        self.deployment = deployment
         self.preprocess: Preprocess | None = None
         if deployment.preprocess:
             self.preprocess = Preprocess(deployment.preprocessing, deployment.input_size)
         self.network = network
-        self._float16, self._softmax = deployment.precision == "float16", deployment.softmax
 
     @classmethod
     def of(cls, model: RepGhostNet, deployment: Deployment) -> "Deployable":
@@ -134,8 +134,8 @@ class Deployable(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = image if self.preprocess is None else self.preprocess(image)
-        x = self.network(x.half()).float() if self._float16 else self.network(x)
-        return x.softmax(1) if self._softmax else x
+        x = self.network(x.half()).float() if self.deployment.precision == "float16" else self.network(x)
+        return x.softmax(1) if self.deployment.softmax else x
 
 
 def example_input(deployment: Deployment) -> Tensor:
@@ -147,8 +147,9 @@ def example_input(deployment: Deployment) -> Tensor:
     return torch.zeros(batch, height, width, 3, dtype=torch.uint8)
 
 
-def program_of(module: Deployable, deployment: Deployment) -> ExportedProgram:
-    """`module` in torch.export's form, with those sizes free that the deployment leaves open."""
+def program_of(module: Deployable) -> ExportedProgram:
+    """`module` in torch.export's form, with those sizes free that its deployment leaves open."""
+    deployment = module.deployment
     free: dict[int, Any] = {} if deployment.batch else {0: Dim("batch", min=1, max=2**16)}
     if deployment.preprocess and not deployment.input_size:
         free |= {1: Dim("height", min=1, max=2**16), 2: Dim("width", min=1, max=2**16)}

@@ -181,4 +181,4 @@ def _write(
     if deployment.precision == "int8":
         more["calibration"] = calibration
     metadata = metadata_of(network.model, deployment, network.description)
-    import_module(f"repghost.export.formats.{options.format}").write(module, deployment, path, metadata, **more)
+    import_module(f"repghost.export.formats.{options.format}").write(module, path, metadata, **more)

@@ -74,15 +74,15 @@ def run(arguments: Sequence[str]) -> int:
 
     limit_threads()
     images = list(image_files(paths))
-    if options.run is not None and options.of_detector:
-        from repghost.predict.objects import predict_objects
-
-        selection = options.selection or "last"
-        return predict_objects(paths, images, options.run, selection, options.score, form, out)
     picture_name = picture_names(out, paths) if pictures and out else None
-    network = open_network(options)
-    predictor = Predictor(network, options.top, options.batch_size, options.class_names, keep_images=pictures)
-    return write_predictions(lambda skip: predictor(images, skip), len(images), form, out, picture_name)
+    if options.run is not None and options.of_detector:
+        from repghost.predict.objects import finder
+
+        predict = finder(options.run, options.selection or "last", options.score)
+    else:
+        network = open_network(options)
+        predict = Predictor(network, options.top, options.batch_size, options.class_names, keep_images=pictures)
+    return write_predictions(predict, images, form, out, picture_name, lines=options.of_detector)
 
 
 if __name__ == "__main__":

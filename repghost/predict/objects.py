@@ -5,9 +5,9 @@ does not depend on the others. Check: `pytest tests/test_detection_use.py`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,10 +19,7 @@ from repghost.detection.masks import MASK_THRESHOLD, run_lengths
 from repghost.detection.run import load_detector
 from repghost.errors import printable
 from repghost.images import read_image
-from repghost.predict.output import picture_names, write_predictions
 from repghost.reparameterization import reparameterize
-
-LINES = "predictions.jsonl"  # beside the pictures
 
 
 class Objects(NamedTuple):
@@ -59,21 +56,17 @@ class Objects(NamedTuple):
         return to_pil_image(picture)
 
 
-def predict_objects(
-    paths: Sequence[str], images: Sequence[str], run: Path, selection: str, score: float, form: str, out: Path | None
-) -> int:
-    """Finds objects in `images`, which `paths` stand for, and returns the exit code.
+def finder(run: Path, selection: str, score: float) -> Callable[..., Iterator[Any]]:
+    """The detector of a run as a function like a `Predictor`: of files and of what takes those that cannot be read.
 
-    score: the least of an object. form: "jsonl", in the file `out` or on the terminal, or "pictures", in the folder
-    `out`, with the same lines beside them.
+    It gives `Objects`. score: the least of an object.
     """
-    picture_name = picture_names(out, paths) if form == "pictures" and out else None
     model, classes, _ = load_detector(run, selection)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fused = reparameterize(model).to(device)
 
     @torch.inference_mode()
-    def found(on_error: Callable[[str, Exception], None]) -> Iterator[Objects]:
+    def found(images: Iterable[str], on_error: Callable[[str, Exception], None]) -> Iterator[Objects]:
         for file in images:
             try:
                 image = read_image(file)
@@ -85,14 +78,4 @@ def predict_objects(
             names = [classes[label - 1] for label in kept["labels"].tolist()]
             yield Objects(file, image, kept["boxes"], names, kept["scores"], kept.get("masks"))
 
-    def with_lines(on_error: Callable[[str, Exception], None]) -> Iterator[Objects]:
-        if picture_name is None or out is None:
-            yield from found(on_error)
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / LINES, "w", encoding="utf-8") as lines:
-            for objects in found(on_error):
-                print(objects.as_json(), file=lines)
-                yield objects
-
-    return write_predictions(with_lines, len(images), form, out, picture_name, draw=Objects.drawn, line=Objects.as_json)
+    return found

@@ -5,7 +5,6 @@ a spreadsheet. Check: `pytest tests/test_predict.py`.
 """
 
 import csv
-import json
 import os
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from repghost.errors import UserError, printable
@@ -23,27 +21,23 @@ from repghost.images import EXTENSIONS, is_url
 from repghost.predict.predictor import Prediction
 from repghost.text import as_cell
 
+LINES = "predictions.jsonl"  # beside the pictures of a detector
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is no terminal
-
-Predict = Callable[[Callable[[str, Exception], None]], Iterable[Any]]
 
 
 def write_predictions(
-    predict: Predict,
-    total: int,
+    predict: Callable[..., Iterable[Any]],
+    images: Sequence[str],
     form: str,
     out: Path | None,
     picture_name: Callable[[str], Path] | None,
-    draw: Callable[[Any], Image.Image] | None = None,
-    line: Callable[[Any], str] | None = None,
+    lines: bool,
 ) -> int:
     """Writes all predictions in a format and returns the exit code: 1 where there are none.
 
-    predict: gives them when it is called with what takes the images that cannot be read. total: number of images. out:
-    None for the terminal. picture_name: see `picture_names`. draw, line: picture and line of JSON of a prediction that
-    is no `Prediction`.
+    predict: gives them when it is called with the images and what takes those that cannot be read. out: None for the
+    terminal. picture_name: see `picture_names`. lines: whether lines of JSON are written beside pictures.
     """
-    draw, line = draw or annotated, line or as_json
     predicted = skipped = 0
     said = time.monotonic()
 
@@ -54,25 +48,25 @@ def write_predictions(
         line = f"{printable(file)}: skipped: {printable(' '.join(reason.split()))}"
         tqdm.write(printable(line, sys.stderr), file=sys.stderr)
 
-    to_file = out is not None and picture_name is None
-    if to_file and out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8", newline="") if to_file and out else nullcontext(sys.stdout) as output:
+    text = out if picture_name is None else (out / LINES if out and lines else None)
+    if text:
+        text.parent.mkdir(parents=True, exist_ok=True)
+    with open(text, "w", encoding="utf-8", newline="") if text else nullcontext(sys.stdout) as output:
         # Neither a bar nor lines where they would run through the table.
-        bar, lines = sys.stderr.isatty() and not output.isatty(), not sys.stderr.isatty() and not output.isatty()
-        for prediction in tqdm(predict(skip), total=total, unit=" images", disable=not bar):
-            if picture_name is not None and prediction.image is not None:
+        bar, notes = sys.stderr.isatty() and not output.isatty(), not sys.stderr.isatty() and not output.isatty()
+        for prediction in tqdm(predict(images, skip), total=len(images), unit=" images", disable=not bar):
+            if picture_name is not None:
                 path = picture_name(prediction.file)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                draw(prediction).save(path)
-            elif form == "csv":
+                prediction.drawn().save(path)
+            if form == "csv":
                 write_csv(prediction, output, header=not predicted)
-            else:
-                print(as_table(prediction, output) if form == "table" else line(prediction), file=output)
+            elif text or form != "pictures":
+                print(as_table(prediction, output) if form == "table" else prediction.as_json(), file=output)
             predicted += 1
-            if lines and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            if notes and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                print(f"{predicted + skipped:,} of {total:,} images", file=sys.stderr, flush=True)
+                print(f"{predicted + skipped:,} of {len(images):,} images", file=sys.stderr, flush=True)
     where = f", annotated in {out}" if picture_name and predicted else ""
     print(printable(f"{predicted:,} images predicted, {skipped:,} skipped{where}"), file=sys.stderr)
     return 0 if predicted else 1
@@ -84,12 +78,6 @@ def as_table(prediction: Prediction, output: TextIO | None = None) -> str:
     return "\n".join(printable(line, output) for line in lines)
 
 
-def as_json(prediction: Prediction) -> str:
-    """One line of JSON in ASCII."""
-    top = [{"label": label, "class": name, "probability": round(p, 6)} for label, name, p in prediction.top]
-    return json.dumps({"file": prediction.file, "top": top})
-
-
 def write_csv(prediction: Prediction, output: TextIO, header: bool) -> None:
     """A row: file, then label, class and probability of each rank. header: whether the names of the columns precede."""
     writer = csv.writer(output, lineterminator="\n")
@@ -99,20 +87,6 @@ def write_csv(prediction: Prediction, output: TextIO, header: bool) -> None:
         writer.writerow(["file", *columns])
     cells = [(label, printable(as_cell(name), output), round(p, 6)) for label, name, p in prediction.top]
     writer.writerow([printable(as_cell(prediction.file), output), *(cell for row in cells for cell in row)])
-
-
-def annotated(prediction: Prediction) -> Image.Image:
-    """A copy of the image with its classes in a band below it."""
-    image = prediction.image
-    assert image is not None
-    text, margin = "\n".join(f"{p:6.1%}  {printable(name)}" for _, name, p in prediction.top), 8
-    font = ImageFont.load_default(max(12, min(image.size) // 24))
-    left, upper, right, lower = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
-    width, height = round(right - left) + 2 * margin, round(lower - upper) + 2 * margin
-    canvas = Image.new("RGB", (max(image.width, width), image.height + height))
-    canvas.paste(image)
-    ImageDraw.Draw(canvas).multiline_text((margin - left, image.height + margin - upper), text, "white", font)
-    return canvas
 
 
 def picture_names(out: Path, paths: Sequence[str]) -> Callable[[str], Path]:

@@ -9,6 +9,7 @@ The pixels are those of evaluation (see `repghost.images`), the network is in fu
 there is one. Check: `pytest tests/test_predict.py`.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from repghost.errors import UserError
+from repghost.errors import UserError, printable
 from repghost.files import read_class_names
 from repghost.images import read_image
 from repghost.machine import available_cpus
@@ -45,6 +46,24 @@ class Prediction(NamedTuple):
     file: str
     top: list[tuple[int, str, float]]
     image: Image.Image | None = None
+
+    def as_json(self) -> str:
+        """One line of JSON in ASCII."""
+        top = [{"label": label, "class": name, "probability": round(p, 6)} for label, name, p in self.top]
+        return json.dumps({"file": self.file, "top": top})
+
+    def drawn(self) -> Image.Image:
+        """A copy of the image with its classes in a band below it."""
+        image = self.image
+        assert image is not None
+        text, margin = "\n".join(f"{p:6.1%}  {printable(name)}" for _, name, p in self.top), 8
+        font = ImageFont.load_default(max(12, min(image.size) // 24))
+        left, upper, right, lower = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
+        width, height = round(right - left) + 2 * margin, round(lower - upper) + 2 * margin
+        canvas = Image.new("RGB", (max(image.width, width), image.height + height))
+        canvas.paste(image)
+        ImageDraw.Draw(canvas).multiline_text((margin - left, image.height + margin - upper), text, "white", font)
+        return canvas
 
 
 def classify(

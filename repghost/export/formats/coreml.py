@@ -6,19 +6,20 @@ from pathlib import Path
 import torch
 
 from repghost.errors import UserError, first_sentence
-from repghost.export.deployable import Deployable, Deployment, Metadata, example_input
+from repghost.export.deployable import Deployable, Metadata, example_input
 
 LARGEST_BATCH = 64  # of a package that takes any; it needs a bound
 
 
-def write(module: Deployable, deployment: Deployment, path: Path, metadata: Metadata) -> None:
+def write(module: Deployable, path: Path, metadata: Metadata) -> None:
     """Writes a Core ML package (an ML program, for iOS 15 or macOS 12 and newer). Raises UserError where it cannot.
 
-    module: in float32, whatever the deployment says: float16 is Core ML's own conversion. It has no uint8 tensors:
+    module: in float32, whatever the metadata say: float16 is Core ML's own conversion. It has no uint8 tensors:
     photographs go in as float32 with the same values.
     """
     import coremltools
 
+    deployment = module.deployment
     example = example_input(deployment).float()
     shape = example.shape if deployment.batch else (coremltools.RangeDim(1, LARGEST_BATCH), *example.shape[1:])
     try:
@@ -27,7 +28,7 @@ def write(module: Deployable, deployment: Deployment, path: Path, metadata: Meta
             convert_to="mlprogram",
             inputs=[coremltools.TensorType("image", shape)],
             outputs=[coremltools.TensorType(deployment.output)],
-            compute_precision=coremltools.precision[deployment.precision.upper()],
+            compute_precision=coremltools.precision[str(metadata["precision"]).upper()],
         )
         converted.user_defined_metadata.update({key: str(value) for key, value in metadata.items()})
         converted.save(str(path))

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from repghost.description import KEY
-from repghost.export.deployable import Deployable, Deployment, Metadata, program_of
+from repghost.export.deployable import Deployable, Metadata, program_of
 from repghost.export.runtimes import METADATA, ExportedModel, quiet, require
 
 
-def write(
-    module: Deployable, deployment: Deployment, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()
-) -> None:
+def write(module: Deployable, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()) -> None:
     """Writes a program for XNNPACK; `metadata` become constant methods.
 
     In float16 it computes with halves, but XNNPACK keeps the weights in float32: the file does not shrink.
@@ -26,14 +24,14 @@ def write(
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = _quantized(module, deployment, calibration) if calibration else program_of(module, deployment)
+    program = _quantized(module, calibration) if calibration else program_of(module)
     partitioner, methods = [XnnpackPartitioner()], dict(metadata) or None
     lowered = to_edge_transform_and_lower(program, partitioner=partitioner, constant_methods=methods)
     path.write_bytes(lowered.to_executorch().buffer)
 
 
 @torch.no_grad()
-def _quantized(module: Deployable, deployment: Deployment, inputs: Sequence[Tensor]) -> ExportedProgram:
+def _quantized(module: Deployable, inputs: Sequence[Tensor]) -> ExportedProgram:
     """`module` as an exported program with the network in INT8 for XNNPACK, calibrated on `inputs` of `module`."""
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -45,7 +43,7 @@ def _quantized(module: Deployable, deployment: Deployment, inputs: Sequence[Tens
     prepared = prepare_pt2e(program.module(check_guards=False), quantizer)
     for batch in images:
         prepared(batch)
-    return torch.export.export(Deployable(convert_pt2e(prepared), deployment), (inputs[0],))
+    return torch.export.export(Deployable(convert_pt2e(prepared), module.deployment), (inputs[0],))
 
 
 def open_model(path: Path) -> ExportedModel:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from repghost.description import KEY
-from repghost.export.deployable import Deployable, Deployment, Metadata, example_input
+from repghost.export.deployable import Deployable, Metadata, example_input
 from repghost.export.runtimes import ExportedModel, require
 
 _IDENTIFIER = b"TFL3"  # of LiteRT's files
 
 
-def write(module: Deployable, deployment: Deployment, path: Path, metadata: Metadata) -> None:
+def write(module: Deployable, path: Path, metadata: Metadata) -> None:
     """Writes a .tflite file, with `metadata` as JSON in its own table of metadata."""
     import litert_torch
 
-    litert_torch.convert(module, (example_input(deployment),)).export(str(path))
+    litert_torch.convert(module, (example_input(module.deployment),)).export(str(path))
     _describe(path, metadata)
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from repghost.errors import UserError
-from repghost.export.deployable import Deployable, Deployment, Metadata, example_input
+from repghost.export.deployable import Deployable, Metadata, example_input
 from repghost.export.runtimes import ExportedModel, require
 
 
-def write(module: Deployable, deployment: Deployment, path: Path, metadata: Metadata) -> None:
+def write(module: Deployable, path: Path, metadata: Metadata) -> None:
     """Writes `path` with `metadata` as JSON in a last line, which NCNN does not read, and the weights beside it."""
-    image, converter = example_input(deployment), require("pnnx").EXEC_PATH
+    image, converter = example_input(module.deployment), require("pnnx").EXEC_PATH
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder) / "network.pt"
         torch.jit.save(torch.jit.trace(module, image), str(traced))

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from repghost.errors import UserError
-from repghost.export.deployable import Deployable, Deployment, Metadata, example_input, program_of
+from repghost.export.deployable import Deployable, Metadata, example_input, program_of
 from repghost.export.options import OLDEST_OPSET
 from repghost.export.runtimes import ExportedModel, require
 
 
 def write(
     module: Deployable,
-    deployment: Deployment,
     path: Path,
     metadata: Metadata,
     calibration: Sequence[Tensor] = (),
@@ -43,12 +42,12 @@ def write(
     if not OLDEST_OPSET <= opset <= newest:
         raise UserError(f"opset={opset}: torch's exporter and onnx {version('onnx')} write {OLDEST_OPSET} to {newest}")
     program = torch.onnx.export(
-        program_of(module, deployment),
-        (example_input(deployment),),
+        program_of(module),
+        (example_input(module.deployment),),
         dynamo=True,
         opset_version=opset,
         input_names=["image"],
-        output_names=[deployment.output],
+        output_names=[module.deployment.output],
         # onnxruntime keeps the convolutions' blocked layout through this one, and not through the usual ReduceMean.
         custom_translation_table={torch.ops.aten.mean.dim: mean},
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repghost.export.deployable import Deployable, Deployment, Metadata, program_of
+from repghost.export.deployable import Deployable, Metadata, program_of
 from repghost.export.runtimes import ExportedModel, require
 
 _OWN = "repghost"  # where in the file our metadata are
@@ -26,26 +26,21 @@ _HIGHEST = 63  # of the levels of a weight: x86 without VNNI adds two products i
 
 
 def write(
-    module: Deployable,
-    deployment: Deployment,
-    path: Path,
-    metadata: Metadata,
-    calibration: Sequence[Tensor] = (),
-    **quantizer: Any,
+    module: Deployable, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = (), **quantizer: Any
 ) -> None:
     """Writes `path` and, beside it, the weights.
 
     quantizer: what NNCF's `quantize` is given instead of the values here.
     """
     openvino, _ = _openvino()
-    model = openvino.convert_model(program_of(module, deployment))
+    model = openvino.convert_model(program_of(module))
     model.inputs[0].get_tensor().set_names({"image"})
-    model.outputs[0].get_tensor().set_names({deployment.output})
+    model.outputs[0].get_tensor().set_names({module.deployment.output})
     if calibration:
         model = _quantized(model, calibration, **quantizer)
     for key, value in metadata.items():
         model.set_rt_info(str(value), [_OWN, key])
-    openvino.save_model(model, path, compress_to_fp16=deployment.precision == "float16")
+    openvino.save_model(model, path, compress_to_fp16=module.deployment.precision == "float16")
 
 
 def _quantized(model: Any, calibration: Sequence[Tensor], **quantizer: Any) -> Any:

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from repghost.errors import UserError
-from repghost.export.deployable import Deployable, Deployment, Metadata, example_input
+from repghost.export.deployable import Deployable, Metadata, example_input
 from repghost.export.formats import onnx
 from repghost.export.runtimes import ExportedModel, require
 
 LARGEST_BATCH = 256  # of an engine that takes any; its kernels are chosen for the middle of that
 
 
-def write(
-    module: Deployable, deployment: Deployment, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()
-) -> None:
+def write(module: Deployable, path: Path, metadata: Metadata, calibration: Sequence[Tensor] = ()) -> None:
     """Writes the engine and its metadata. Raises UserError where TensorRT cannot build it."""
     import tensorrt
     from onnxruntime.quantization import QuantType
@@ -30,7 +28,7 @@ def write(
     source, signed = path.with_suffix(".onnx"), QuantType.QInt8
     explicit = {"ActivationSymmetric": True, "QuantizeBias": False}  # no zero points, biases in float
     onnx.write(
-        module, deployment, source, metadata, calibration,
+        module, source, metadata, calibration,
         activation_type=signed, weight_type=signed, extra_options=explicit,
     )  # fmt: skip
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
@@ -41,8 +39,8 @@ def write(
         raise UserError(f"TensorRT cannot read the network: {parser.get_error(0).desc()}")
     source.unlink()
     config = builder.create_builder_config()
-    if deployment.batch is None:
-        profile, image = builder.create_optimization_profile(), example_input(deployment).shape[1:]
+    if module.deployment.batch is None:
+        profile, image = builder.create_optimization_profile(), example_input(module.deployment).shape[1:]
         profile.set_shape("image", *((batch, *image) for batch in (1, LARGEST_BATCH // 8, LARGEST_BATCH)))
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
