@@ -29,14 +29,17 @@ def reparameterize(model: Network) -> Network:
 
     `model` stays as it is, its mode included; the running statistics are used, whatever the mode. Every
     parameter keeps its dtype and device. A model that is fused already gives an equal copy. Put into training
-    mode, a fused RepGhostNet differs by its dropout only. Gradients are not taken over.
+    mode, a fused RepGhostNet differs by its dropout only. Gradients are not taken over. What is
+    frozen stays frozen; a new bias learns if the weight beside it does.
     """
     # On the CPU, because not every device has float64.
     fused = copy.deepcopy(model).eval().to("cpu", torch.float64)
     for module in [*fused.modules()]:
         for (name, conv), (norm_name, norm) in pairwise([*module.named_children()]):
             if isinstance(conv, nn.Conv2d) and is_batch_norm(norm):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                folded: Any = fuse_conv_bn_eval(conv, norm)
+                folded.bias.requires_grad_(conv.weight.requires_grad)  # PyTorch freezes one that is new
+                setattr(module, name, folded)
                 setattr(module, norm_name, nn.Identity())
         if isinstance(module, RepGhostNet):
             module.fused = True

@@ -74,6 +74,13 @@ def test_original_is_untouched() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_what_learns_goes_on_learning() -> None:
+    model = trained()
+    model.blocks[0].requires_grad_(False)
+    for name, parameter in reparameterize(model).named_parameters():
+        assert parameter.requires_grad != name.startswith("blocks.0."), name
+
+
 def test_training_mode_gives_the_same_as_evaluation_mode() -> None:
     model = trained()
     fused = reparameterize(model)
