@@ -21,7 +21,7 @@ from data.crops import CenterCrops, Crops
 from data.dali_pipeline import DaliSource, build_pipeline, dali
 from data.dali_pipeline import dali_installed as dali_installed
 from data.encoded import BatchReader, EncodedBatch, ReaderPool
-from data.reader import LoaderOptions, resize, timed, within_budget
+from data.reader import EpochLoader, LoaderOptions, resize
 from repghost.dataset import Batch
 
 log = logging.getLogger(__name__)
@@ -56,28 +56,21 @@ class Gpu:
         images.record_stream(torch.cuda.current_stream(images.device))
 
 
-class DaliLoader:
-    """The batches of an epoch from `options.start` on; its length is that of a full epoch.
+class DaliLoader(EpochLoader[Batch]):
+    """Batches are made ahead into the next epoch at the end of one.
 
-    device_id: of the GPU that decodes; None for the CPU. Batches are made ahead into the next epoch at the end of one.
-    `seconds_waited` is how long its user has waited for batches.
+    device_id: of the GPU that decodes; None for the CPU.
     """
 
     def __init__(self, crops: Crops, options: LoaderOptions, device_id: int | None = None) -> None:
         dali()
         self.crops = crops
         self.options = options
-        self.seconds_waited = 0.0
         self._gpu = None if device_id is None else Gpu(device_id)
         self._stream: _Stream | None = None
 
     def __len__(self) -> int:
         return self.crops.sampler.batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.options.start()
-        batches = timed(self._batches(epoch, first % len(self)), self)
-        yield from within_budget(batches, self.options.skip_bad)
 
     def close(self) -> None:
         """Ends the pipeline and its processes; another epoch would start new ones."""

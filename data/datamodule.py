@@ -92,12 +92,11 @@ class ImageNetData(ShardData[Index]):
         return CenterCrops(self.index(split), sampler, self.image_size, self.crop_fraction)
 
     def _loader(self, crops: Crops, **options: Any) -> TorchLoader | DaliLoader:
-        plan = self._planned(self.loader, self.readers)
         of_dali = {"hw_decoder_load": self.hw_decoder_load, "thread_affinity": self.thread_affinity}
-        shared = self._options(plan, **of_dali, **options)
+        plan = self._planned(self.loader, self.readers, **of_dali, **options)
         device = self._trainer.strategy.root_device
         return self._opened(
-            DaliLoader(crops, shared, device.index) if plan.loader == "dali" else TorchLoader(crops, shared)
+            DaliLoader(crops, plan, device.index) if plan.loader == "dali" else TorchLoader(crops, plan)
         )
 
     def decoder(self, on_gpu: bool) -> str:

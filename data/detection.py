@@ -135,12 +135,11 @@ class DetectionData(ShardData[CocoIndex]):
         return batch._replace(images=[image.float() / 255 for image in batch.images])
 
     def _loader(self, batches: DetectionBatches, **options: Any) -> BatchLoader[DetectionBatch]:
-        plan = self._planned("torch", readers=0)
+        plan = self._planned("torch", readers=0, **options)
         # Each tensor of a batch is an open file on its way out of a worker.
         ready = plan.workers * plan.prefetch + BATCHES_IN_USE
         allow_open_files(len(batches.index.shards) + 4 * batches.sampler.batch_size * ready)
-        whole = self._options(plan, **options)
-        return self._opened(BatchLoader(batches, whole, batches.sampler.batches, batches.batch_bytes()))
+        return self._opened(BatchLoader(batches, plan, batches.sampler.batches, batches.batch_bytes()))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

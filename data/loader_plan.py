@@ -3,34 +3,14 @@
 Check: `pytest tests/test_loader.py -k plan`.
 """
 
-from dataclasses import dataclass
+from data.reader import LoaderOptions
 
 CORES_FOR_TWO_READERS = 8
 
 
-@dataclass(frozen=True)
-class LoaderPlan:
-    """loader: `dali` or `torch`. workers, readers, prefetch: as in data.reader.LoaderOptions."""
-
-    loader: str
-    workers: int
-    readers: int
-    prefetch: int
-
-    def __str__(self) -> str:
-        ahead = f"prefetch {self.prefetch}"
-        if self.loader == "dali" and self.readers:
-            return f"dali, {_count(self.workers, 'thread')} and {_count(self.readers, 'reader')} per rank, {ahead}"
-        if self.loader == "dali":
-            return f"dali, {_count(max(1, self.workers), 'thread')} per rank, {ahead}"
-        if self.workers:
-            return f"torch, {_count(self.workers, 'worker')} per rank, {ahead}"
-        return "torch, in the training process"
-
-
 def plan_loader(
     loader: str, workers: int | str, readers: int | str, prefetch: int, *, cores: int, on_gpu: bool, has_dali: bool
-) -> LoaderPlan:
+) -> LoaderOptions:
     """The plan for the values of conf, each of which may be `auto` but for prefetch.
 
     cores: that a rank may use. on_gpu: whether it trains on one. has_dali: whether its package is installed.
@@ -44,7 +24,7 @@ def plan_loader(
     if workers == "auto":
         # The core that launches kernels and those of the readers are not DALI's.
         workers = max(1, cores - 1 - int(readers)) if loader == "dali" and on_gpu else cores
-    return LoaderPlan(loader, int(workers), int(readers), prefetch)
+    return LoaderOptions(loader=loader, workers=int(workers), readers=int(readers), prefetch=prefetch)
 
 
 def choose_loader(loader: str, workers: int | str, has_dali: bool) -> str:
@@ -53,7 +33,3 @@ def choose_loader(loader: str, workers: int | str, has_dali: bool) -> str:
         # DALI is the faster one, also on a CPU; without workers nothing is to run beside the training.
         return "dali" if has_dali and workers != 0 else "torch"
     return loader
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -9,11 +9,11 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,9 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """What both loaders take beside their crops.
+    """What both loaders take beside their crops; as a string, how many threads and processes there are of which loader.
 
     workers: processes (torch) or threads (DALI) that decode. prefetch: batches that each process, or DALI, is ahead.
+    loader: `torch` or `dali`, for which they are meant.
     readers: processes that read for DALI; 0 reads in a thread. hw_decoder_load, thread_affinity: the share of a batch
     that a GPU's JPEG decoder takes, and whether the threads that decode for a GPU keep to the cores of its socket; both
     as DALI's own defaults. pin_memory: of what is not on the GPU. start: called when an epoch is entered, returns the
@@ -49,6 +50,7 @@ class LoaderOptions:
 
     workers: int
     prefetch: int
+    loader: str = "torch"
     readers: int = 0
     hw_decoder_load: float = 0.65
     thread_affinity: bool = True
@@ -56,6 +58,17 @@ class LoaderOptions:
     start: Callable[[], tuple[int, int]] = lambda: (0, 0)
     skip_bad: int = 0
     ranks: int = 1
+
+    def __str__(self) -> str:
+        if self.loader == "torch" and not self.workers:
+            return "torch, in the training process"
+        decoding = _count(max(1, self.workers), "thread" if self.loader == "dali" else "worker")
+        reading = f" and {_count(self.readers, 'reader')}" if self.readers else ""
+        return f"{self.loader}, {decoding}{reading} per rank, prefetch {self.prefetch}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 class BadImage(UserError):
@@ -133,7 +146,7 @@ class ShardReader:
         """What `cut` leaves of the file of sample `row`; BadImage when its bytes are not those that were indexed."""
         header, rows = self._read(row, 0, cut.header), self._read(row, cut.offset, cut.size)
         try:
-            return Piece(cut.make(header, rows), cut.top, cut.left)
+            return Piece(cut.make(header, rows), *cut.window[:2])
         except Changed:
             raise BadImage(
                 f"{self.index.name(row)}: its bytes changed since it was indexed (checksum differs)"
@@ -175,35 +188,34 @@ def allow_open_files(count: int) -> None:
             raise UserError(f"{need}: raise it with `ulimit -Hn`") from None
 
 
-class Timed(Protocol):
-    """A loader; its user has waited so long for batches."""
+class EpochLoader(Sized, Generic[T]):
+    """What both loaders are: the batches of an epoch from `options.start` on; the length is that of a full epoch.
 
-    seconds_waited: float
-
-
-def timed(batches: Iterable[T], loader: Timed) -> Iterator[T]:
-    """The batches; the time until each of them is there is added to the loader's."""
-    begun = time.perf_counter()
-    for batch in batches:
-        loader.seconds_waited += time.perf_counter() - begun
-        yield batch
-        begun = time.perf_counter()
-    loader.seconds_waited += time.perf_counter() - begun
-
-
-def within_budget(batches: Iterable[tuple[T, list[str]]], allowed: int) -> Iterator[T]:
-    """The batches of an epoch, each of which comes with a line for each of its bad images; the lines are logged.
-
-    Raises BadImage with the line of the first image beyond the `allowed` ones.
+    `seconds_waited` is how long its user has waited for batches. Every bad image is logged; the first one beyond the
+    `options.skip_bad` of an epoch ends it with a BadImage.
     """
-    left = allowed
-    for batch, errors in batches:
-        for error in errors:
-            if not left:
-                raise BadImage(f"{error} (data.skip_budget allows {allowed} bad image(s) per epoch)")
-            left -= 1
-            log.warning("skipped: %s", printable(error))
-        yield batch
+
+    options: LoaderOptions
+    seconds_waited = 0.0
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[T, list[str]]]:
+        """The batches of an epoch from `first` on, each with a line for each of its bad images."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[T]:
+        epoch, first = self.options.start()
+        allowed = left = self.options.skip_bad
+        begun = time.perf_counter()
+        for batch, errors in self._batches(epoch, first % len(self)):
+            self.seconds_waited += time.perf_counter() - begun
+            for error in errors:
+                if not left:
+                    raise BadImage(f"{error} (data.skip_budget allows {allowed} bad image(s) per epoch)")
+                left -= 1
+                log.warning("skipped: %s", printable(error))
+            yield batch
+            begun = time.perf_counter()
+        self.seconds_waited += time.perf_counter() - begun
 
 
 def part_of(image: Tensor, piece: Piece, crops: BatchCrops, row: int) -> Tensor:

@@ -132,8 +132,8 @@ def _measured(
 class Cut:
     """What has to be read of a file for a window, and what is made of it.
 
-    header, frame, crc32: see REGION.
-    offset, size: of the rows of segments, in the file. top, left, height, width: of its pixels in those of the image.
+    header, frame, crc32: see REGION. offset, size: of the rows of segments, in the file. window: (top, left, height,
+    width) of its pixels in those of the image.
     """
 
     header: int
@@ -141,10 +141,7 @@ class Cut:
     crc32: int
     offset: int
     size: int
-    top: int
-    left: int
-    height: int
-    width: int
+    window: tuple[int, int, int, int]
     checksums: np.ndarray  # of each row of segments
     lengths: np.ndarray  # int64 [rows, columns] of segments, markers included
     first: int  # the first column of segments that is kept, and the one behind the last
@@ -167,7 +164,7 @@ class Cut:
             kept.append(view[first:last])
             start = end
         made = bytearray().join((header, *kept))
-        struct.pack_into(">HH", made, self.frame, self.height, self.width)
+        struct.pack_into(">HH", made, self.frame, *self.window[2:])
         numbers = np.frombuffer(made, np.uint8)
         markers = self.lengths[:, self.first : self.last].cumsum() + (len(header) - 1)
         if (numbers[markers - 1] != 0xFF).any() or (numbers[markers] & 0xF0 != 0xD0).any():
@@ -243,10 +240,7 @@ class Regions:
             crc32=crc32,
             offset=offset,
             size=int(lengths.sum()),
-            top=y,
-            left=x,
-            height=min(height, bottom * mcu_height) - y,
-            width=min(width, last * segment_width) - x,
+            window=(y, x, min(height, bottom * mcu_height) - y, min(width, last * segment_width) - x),
             checksums=checksums,
             lengths=lengths,
             first=first,

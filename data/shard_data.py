@@ -4,7 +4,7 @@ Check: `pytest tests/test_loader.py tests/test_detection_data.py tests/test_resu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.dali_loader import DaliLoader, dali_installed
 from data.index import Index
-from data.loader_plan import LoaderPlan, plan_loader
-from data.reader import LoaderOptions, Timed
+from data.loader_plan import plan_loader
+from data.reader import EpochLoader, LoaderOptions
 from data.remote import download_shards, is_remote
 from data.sampling import RankSampler
 from data.torch_loader import BatchLoader
@@ -49,8 +49,8 @@ class ShardData(DataModule, Generic[AnyIndex]):
         super().__init__()
         self._indexes: dict[str, AnyIndex] = {}
         self._copies: torch.cuda.Stream | None = None
-        self._loader_plan: LoaderPlan | None = None
-        self._training: Timed | None = None
+        self._loader_plan: LoaderOptions | None = None
+        self._training: EpochLoader | None = None
         self._loaders: list[BatchLoader | DaliLoader] = []  # of the stage that is running
 
     def _local_shards(self, splits: Sequence[str]) -> Path:
@@ -90,8 +90,8 @@ class ShardData(DataModule, Generic[AnyIndex]):
         count, rank, ranks = self._count(split), trainer.global_rank, trainer.world_size
         return RankSampler(count, batch_size, rank, ranks, accumulate, drop_last=training)
 
-    def _planned(self, loader: str, readers: int | str) -> LoaderPlan:
-        """The plan of this rank's loaders, which is printed once."""
+    def _planned(self, loader: str, readers: int | str, **options: Any) -> LoaderOptions:
+        """What a loader takes: `options`, and the plan of this rank's loaders, which is printed once."""
         if self._loader_plan is None:
             on_gpu = self._on_gpu
             self._loader_plan = plan_loader(
@@ -104,12 +104,7 @@ class ShardData(DataModule, Generic[AnyIndex]):
                 has_dali=dali_installed(),
             )
             print_rank_zero(f"loader     {self._loader_plan}")
-        return self._loader_plan
-
-    def _options(self, plan: LoaderPlan, **options: Any) -> LoaderOptions:
-        """What every loader of the plan takes."""
-        shared: dict[str, Any] = {"workers": plan.workers, "readers": plan.readers, "prefetch": plan.prefetch}
-        return LoaderOptions(**shared, pin_memory=self._on_gpu, ranks=self._ranks, **options)
+        return replace(self._loader_plan, pin_memory=self._on_gpu, ranks=self._ranks, **options)
 
     @property
     def _on_gpu(self) -> bool:

@@ -7,8 +7,8 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,31 +82,24 @@ def _scan(path: str, beside: str, read_beside: Callable[..., Any]) -> tuple[dict
         if start.startswith(_COMPRESSED):
             raise UserError(f"{path}: compressed, so samples cannot be read by offset: unpack it to a plain .tar")
         file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    # Sizes are checked before memory is taken for them; a negative one would lead back for ever.
-                    if not 0 <= member.size <= end - member.offset_data:
-                        raise UserError(f"{path}: truncated or damaged in {printable(member.name)}: copy it again")
-                    match = _MEMBER.fullmatch(printable(member.name))
-                    if match is None or not member.isreg() or member.issparse():
-                        continue
-                    key, extension = match[1], match[2].lower()
-                    if extension not in kinds:
-                        continue
-                    if member.size > (LABEL_BYTES if extension == "cls" else FILE_BYTES):
-                        raise UserError(f"{path}: {printable(member.name)} has {member.size:,} bytes: too large")
-                    check_stop()
-                    found, read = kinds[extension]
-                    if key in found:
-                        raise UserError(f"{path}: key {key} is there twice")
-                    found[key] = read(path, member, os.pread(file.fileno(), member.size, member.offset_data))
-                check_tar_end(path, file, tar, end)
-        except UserError:
-            raise
-        except TAR_DAMAGE as error:
-            reason = printable(str(error)) or type(error).__name__
-            raise UserError(f"{path}: damaged or not a tar ({reason}): copy it again") from None
+        with open_tar(path, file, end) as tar:
+            for member in tar:
+                # Sizes are checked before memory is taken for them; a negative one would lead back for ever.
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise UserError(f"{path}: truncated or damaged in {printable(member.name)}: copy it again")
+                match = _MEMBER.fullmatch(printable(member.name))
+                if match is None or not member.isreg() or member.issparse():
+                    continue
+                key, extension = match[1], match[2].lower()
+                if extension not in kinds:
+                    continue
+                if member.size > (LABEL_BYTES if extension == "cls" else FILE_BYTES):
+                    raise UserError(f"{path}: {printable(member.name)} has {member.size:,} bytes: too large")
+                check_stop()
+                found, read = kinds[extension]
+                if key in found:
+                    raise UserError(f"{path}: key {key} is there twice")
+                found[key] = read(path, member, os.pread(file.fileno(), member.size, member.offset_data))
     if lonely := min(images.keys() ^ others.keys(), default=None):
         kind = f".{beside}"
         what = f"an image but no {kind}" if lonely in images else f"a {kind} but no image ({', '.join(IMAGE_MEMBERS)})"
@@ -158,18 +151,28 @@ def why_unreadable(data: bytes) -> str:
     return "could not be opened when it was indexed"
 
 
-def check_tar_end(path: str, file: BinaryIO, tar: tarfile.TarFile, end: int | None = None) -> None:
-    """Raises UserError unless the tar ends in zero blocks; tarfile also stops silently at garbage or a truncated file.
+@contextmanager
+def open_tar(path: str, file: BinaryIO, end: int | None = None) -> Iterator[tarfile.TarFile]:
+    """The tar that begins where `file` is. Damage, also in what is read from it, is a UserError that names `path`.
 
-    end: up to this byte there may be nothing but zeros, so that no sample is lost behind a hole or in a second tar.
+    So is one that does not end in zero blocks; tarfile also stops silently at garbage or a truncated file. end: up to
+    this byte there may be nothing but zeros, so that no sample is lost behind a hole or in a second tar.
     """
-    file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise UserError(f"{path}: truncated or damaged after byte {tar.offset}: copy it again")
-    while end is not None and file.tell() < end:
-        rest = file.read(min(2**20, end - file.tell()))
-        if rest.count(0) < len(rest):
-            raise UserError(f"{path}: its tar ends at byte {tar.offset}, but there is more: copy it again")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise UserError(f"{path}: truncated or damaged after byte {tar.offset}: copy it again")
+            while end is not None and file.tell() < end:
+                rest = file.read(min(2**20, end - file.tell()))
+                if rest.count(0) < len(rest):
+                    raise UserError(f"{path}: its tar ends at byte {tar.offset}, but there is more: copy it again")
+    except UserError:
+        raise
+    except TAR_DAMAGE as error:
+        reason = printable(str(error)) or type(error).__name__
+        raise UserError(f"{path}: damaged or not a tar ({reason}): copy it again") from None
 
 
 def read_rows(path: Path, sizes: Sequence[int], scanned: bool = False) -> np.ndarray:

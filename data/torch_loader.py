@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from data.crops import Crops, RandomCrops
-from data.reader import LoaderOptions, Piece, ShardReader, part_of, resize, timed, within_budget
+from data.reader import EpochLoader, LoaderOptions, Piece, ShardReader, part_of, resize
 from data.sampling import NUM_UNIFORMS
 from repghost.dataset import Batch
 from repghost.errors import UserError
@@ -33,18 +33,16 @@ BATCHES_IN_USE = 3  # by the trainer, beside those that wait
 LONGEST_TMPDIR = 75  # bytes: a socket's 107 without "/pymp-12345678/listener-12345678"
 
 
-class BatchLoader(DataLoader, Generic[AnyBatch]):
-    """The batches of an epoch from `options.start` on; its length, `batches`, is that of a full epoch.
+class BatchLoader(EpochLoader[AnyBatch], DataLoader):  # type: ignore[misc]  # the types of __iter__ differ
+    """dataset: maps (epoch, batch) to a batch and a line for each bad image in it. batches: of a full epoch.
 
-    dataset: maps (epoch, batch) to a batch and a line for each bad image in it. batch_bytes: what a batch takes in
-    shared memory. `seconds_waited` is how long its user has waited for batches.
+    batch_bytes: what a batch takes in shared memory.
     """
 
     def __init__(self, dataset: Dataset, options: LoaderOptions, batches: int, batch_bytes: int) -> None:
         self._length = batches
         self._batches_left: list[tuple[int, int]] = []  # (epoch, batch)
-        self._options = options
-        self.seconds_waited = 0.0
+        self.options = options
         if options.workers:
             end_workers_at_exit()
         self._batch_bytes = batch_bytes
@@ -62,11 +60,6 @@ class BatchLoader(DataLoader, Generic[AnyBatch]):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[AnyBatch]:  # type: ignore[override]
-        epoch, first = self._options.start()
-        self._batches_left[:] = [(epoch, batch) for batch in range(first % len(self), len(self))]
-        yield from within_budget(timed(self._batches(), self), self._options.skip_bad)
-
     def close(self) -> None:
         """Ends the workers; another epoch would start new ones.
 
@@ -79,12 +72,13 @@ class BatchLoader(DataLoader, Generic[AnyBatch]):
             iterator._shutdown_workers()
             self._iterator = None
 
-    def _batches(self) -> Iterator[tuple[AnyBatch, list[str]]]:
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[AnyBatch, list[str]]]:
+        self._batches_left[:] = [(epoch, batch) for batch in range(first, len(self))]
         if self.num_workers and self._iterator is None:
             self._check_shared_memory()
             short_socket_names()
         try:
-            yield from super().__iter__()
+            yield from DataLoader.__iter__(self)
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
                 _forget_workers(self)
@@ -97,9 +91,9 @@ class BatchLoader(DataLoader, Generic[AnyBatch]):
         """Raises UserError where the batches that workers hold ready do not fit: one of them would be killed."""
         if not os.path.isdir(SHARED_MEMORY):
             return
-        batches = min(len(self), self.num_workers * self._options.prefetch + BATCHES_IN_USE)
+        batches = min(len(self), self.num_workers * self.options.prefetch + BATCHES_IN_USE)
         needed = batches * self._batch_bytes + SEMAPHORES
-        ranks, memory = self._options.ranks, shutil.disk_usage(SHARED_MEMORY)
+        ranks, memory = self.options.ranks, shutil.disk_usage(SHARED_MEMORY)
         if needed > memory.free or ranks * needed > memory.total:
             raise UserError(
                 f"{SHARED_MEMORY}: {memory.free / 1e6:,.1f} MB are free, {ranks} x {self.num_workers} workers need "

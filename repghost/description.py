@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,9 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-# Which values the fields take.
-_VALID: dict[str, Callable[[Any], bool]] = {
-    "width": _positive,
-    "form": ("training", "fused").__contains__,
-    "classes": _list_of(_text),
-    "image_size": lambda value: isinstance(value, int) and _positive(value),
-    "crop_fraction": lambda value: _positive(value) and value <= 1,
-    "mean": _list_of(_number),
-    "std": _list_of(_positive),
-    "recipe": _text,
-    "data": _text,
-}
+def _known(valid: Callable[[Any], bool]) -> Any:
+    """A field of a description: None, or a value that is `valid`."""
+    return field(default=None, metadata={"valid": valid})
 
 
 @dataclass(frozen=True)
@@ -58,15 +49,15 @@ class Description:
     mean and std: of `repghost.images.Preprocessing`. recipe: its name. data: the fingerprint of the training images.
     """
 
-    width: float | None = None
-    form: str | None = None
-    classes: tuple[str, ...] | None = None
-    image_size: int | None = None
-    crop_fraction: float | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    recipe: str | None = None
-    data: str | None = None
+    width: float | None = _known(_positive)
+    form: str | None = _known(("training", "fused").__contains__)
+    classes: tuple[str, ...] | None = _known(_list_of(_text))
+    image_size: int | None = _known(lambda value: isinstance(value, int) and _positive(value))
+    crop_fraction: float | None = _known(lambda value: _positive(value) and value <= 1)
+    mean: tuple[float, ...] | None = _known(_list_of(_number))
+    std: tuple[float, ...] | None = _known(_list_of(_positive))
+    recipe: str | None = _known(_text)
+    data: str | None = _known(_text)
 
     def to_json(self) -> str:
         """The fields that are known, as one line of JSON in ASCII."""
@@ -90,11 +81,11 @@ class Description:
         if not isinstance(content, Mapping):
             raise ValueError("not a mapping")
         known: dict[str, Any] = {}
-        for key in (entry.name for entry in fields(cls)):
-            if (value := content.get(key)) is not None:
-                if not _VALID[key](value):
-                    raise ValueError(f"{key} is {str(value)[:40]!r}")
-                known[key] = tuple(value) if key in ("classes", "mean", "std") else value
+        for entry in fields(cls):
+            if (value := content.get(entry.name)) is not None:
+                if not entry.metadata["valid"](value):
+                    raise ValueError(f"{entry.name} is {str(value)[:40]!r}")
+                known[entry.name] = tuple(value) if entry.name in ("classes", "mean", "std") else value
         return cls(**known)
 
     def settings(self, source: str, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_a_missing_package_is_one_line(module: str, line: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_blocks")
 def test_the_dependencies_without_extras_are_enough_to_predict(train_tiny: object, tmp_path: Path) -> None:
     assert train_tiny("name=x", "epochs=1") == 0  # type: ignore[operator]
     Image.new("RGB", (40, 40), "red").save("red.jpg")

@@ -105,6 +105,7 @@ def test_as_timm_on_photographs(evaluate_with: Program, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [0.5, 1.0, 1.3])
+@pytest.mark.usefixtures("all_blocks")
 def test_as_timm_on_500_photographs(width: float, evaluate_with: Program, tmp_path: Path) -> None:
     check_against_timm(evaluate_with, tmp_path, width, 500, 128, loss=1e-3)
 

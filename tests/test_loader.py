@@ -29,7 +29,7 @@ from data.crops import CenterCrops, RandomCrops
 from data.image_sizes import ImageSizes
 from data.index import Index, load_index
 from data.loader_plan import plan_loader
-from data.reader import BadImage, LoaderOptions, ShardReader, decode, resize, timed
+from data.reader import BadImage, EpochLoader, LoaderOptions, ShardReader, decode, resize
 from data.sampling import NUM_UNIFORMS, RankSampler
 from data.tars import SAMPLE
 from data.torch_loader import SEMAPHORES, TorchLoader, batch_bytes
@@ -299,15 +299,21 @@ def test_a_run_on_one_of_several_gpus_leaves_cores_to_the_others(monkeypatch: py
 def test_the_time_until_batches_arrive_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    loader = SimpleNamespace(seconds_waited=1.0)
 
-    def arriving() -> Iterator[int]:
-        for seconds in (2, 3):
-            clock[0] += seconds
-            yield seconds
-        clock[0] += 4  # nothing more: that, too, takes its time
+    class Arriving(EpochLoader[int]):
+        options, seconds_waited = LoaderOptions(workers=0, prefetch=1), 1.0
 
-    for _ in timed(arriving(), loader):
+        def __len__(self) -> int:
+            return 2
+
+        def _batches(self, epoch: int, first: int) -> Iterator[tuple[int, list[str]]]:
+            for seconds in (2, 3):
+                clock[0] += seconds
+                yield seconds, []
+            clock[0] += 4  # nothing more: that, too, takes its time
+
+    loader = Arriving()
+    for _ in loader:
         clock[0] += 100  # a step
     assert loader.seconds_waited == 1 + 2 + 3 + 4
 

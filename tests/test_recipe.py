@@ -193,10 +193,11 @@ def test_finetune_starts_from_weights_and_freezes_the_backbone(finished_run: Pat
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_training_keeps_the_keys(train_tiny: Program) -> None:
-    # Of one step, as later ones amplify what was rounded.
-    assert train_tiny("name=eager", "epochs=1", "batch_size=40") == 0
-    assert train_tiny("name=compiled", "epochs=1", "batch_size=40", "compile=true") == 0
+    # Of one step, as later ones amplify what was rounded, without dropout, which is drawn in another way.
+    one_step = ("epochs=1", "batch_size=40", "recipe.dropout=0")
+    assert train_tiny("name=eager", *one_step) == 0
+    assert train_tiny("name=compiled", *one_step, "compile=true") == 0
     saved = [torch.load(f"outputs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("eager", "compiled")]
     assert list(saved[0]["state_dict"]) == list(saved[1]["state_dict"])
     eager, compiled = (s["history"][0]["train_loss"] for s in saved)
-    assert eager == pytest.approx(compiled, rel=1e-2)
+    assert eager == pytest.approx(compiled, rel=1e-3)

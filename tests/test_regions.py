@@ -86,8 +86,8 @@ def cut(regions: Regions, row: int, file: bytes, height: int, width: int, window
     assert found is not None
     made = found.make(file[: found.header], file[found.offset : found.offset + found.size])
     pixels = decode(made)
-    assert pixels.shape == (3, found.height, found.width)
-    top, left = window[0] - found.top, window[1] - found.left
+    assert pixels.shape == (3, *found.window[2:])
+    top, left = window[0] - found.window[0], window[1] - found.window[1]
     return pixels[:, top : top + window[2], left : left + window[3]], made
 
 

@@ -233,7 +233,7 @@ def test_regions_of_several_shards_in_two_files(tmp_path):
         top, left, height, width = 17, 20, 9, 6
         cut = found.cut(2 * number, photo.height, photo.width, (top, left, height, width))
         part = decode(cut.make(content[: cut.header], content[cut.offset : cut.offset + cut.size]))
-        top, left = top - cut.top, left - cut.left
+        top, left = top - cut.window[0], left - cut.window[1]
         window = decode(content)[:, 17 : 17 + height, 20 : 20 + width]
         assert (part[:, top : top + height, left : left + width] == window).all()
 

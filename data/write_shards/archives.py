@@ -8,7 +8,6 @@ Check: `pytest tests/test_write_shards.py -k archives`.
 import gzip
 import io
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,8 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from data.parallel import run_parallel
-from data.tars import TAR_DAMAGE, check_tar_end
-from data.write_shards.source import Entry, Listing, Source, unique_keys, with_class
+from data.tars import open_tar
+from data.write_shards.source import Entry, Listing, Source, read_parts, unique_keys, with_class
 from repghost.errors import UserError
 from repghost.files import regular_file
 from repghost.images import is_image
@@ -47,33 +46,25 @@ def _path_of(role: str, paths: Sequence[str | Path]) -> str:
     return found[0]
 
 
-def _members(path: str, start: int = 0, size: int | None = None, content: bytes | None = None) -> list[Member]:
+def _members(path: str, start: int = 0, size: int | None = None, content: bytes | None = None) -> Iterator[Member]:
     """The regular files of an uncompressed tar, or of the tar that lies at `start` inside a file.
 
     content: the bytes of the file, where they are not what lies at `path`.
     """
-    members: list[Member] = []
     with open(path, "rb") if content is None else io.BytesIO(content) as file:
         end = file.seek(0, os.SEEK_END) if size is None else start + size
         file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    name = PurePosixPath(member.name)
-                    if name.is_absolute() or ".." in name.parts:
-                        raise UserError(f"{path}: the name of member {name} leads outside the archive: refused")
-                    if not (member.isreg() or member.isdir()) or member.issparse():
-                        raise UserError(f"{path}: member {name} is a link, device or other special file: refused")
-                    if not 0 <= member.size <= end - member.offset_data:
-                        raise UserError(f"{path}: truncated in {name}: copy it again")
-                    if member.isreg():
-                        members.append((name.name, member.offset_data, member.size))
-                check_tar_end(path, file, tar)
-        except UserError:
-            raise
-        except TAR_DAMAGE as error:
-            raise UserError(f"{path}: damaged or not a tar ({error}): copy it again") from None
-    return members
+        with open_tar(path, file) as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"{path}: the name of member {name} leads outside the archive: refused")
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise UserError(f"{path}: member {name} is a link, device or other special file: refused")
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise UserError(f"{path}: truncated in {name}: copy it again")
+                if member.isreg():
+                    yield name.name, member.offset_data, member.size
 
 
 def _read_devkit(path: str) -> tuple[list[str], list[int]]:
@@ -109,11 +100,11 @@ def _list_train(path: str, classes: Sequence[str], workers: int) -> Source:
         if not images:
             raise UserError(f"{path}: no image in {wnid}.tar")
         entries += [Entry(with_class(wnid, name), path, label, size, start) for name, start, size in images]
-    return Source("train", unique_keys(entries), read_members, sum(map(len, members.values())) - len(entries))
+    return Source("train", unique_keys(entries), read_parts, sum(map(len, members.values())) - len(entries))
 
 
 def _list_tar(task: tuple[str, int, int]) -> list[Member]:
-    return _members(*task)
+    return list(_members(*task))
 
 
 def _list_val(path: str, labels: Sequence[int]) -> Source:
@@ -126,14 +117,4 @@ def _list_val(path: str, labels: Sequence[int]) -> Source:
         entries.append(Entry(name, path, label, *found.pop(name)))
     if more := [name for name in found if name.startswith("ILSVRC2012_val_")]:
         raise UserError(f"{path}: {more[0]}, but the devkit knows only {len(labels)} validation images")
-    return Source("val", unique_keys(entries), read_members, ignored=len(found))
-
-
-def read_members(entries: Sequence[Entry]) -> Iterator[bytes]:
-    """The bytes of images in one archive, which need not be near each other."""
-    with open(entries[0].file, "rb") as file:
-        if hasattr(os, "posix_fadvise"):  # lets the disk sort the scattered reads
-            for entry in entries:
-                os.posix_fadvise(file.fileno(), entry.offset or 0, entry.size, os.POSIX_FADV_WILLNEED)
-        for entry in entries:
-            yield os.pread(file.fileno(), entry.size, entry.offset or 0)
+    return Source("val", unique_keys(entries), read_parts, ignored=len(found))

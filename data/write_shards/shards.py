@@ -1,18 +1,14 @@
 """Shards that exist, to be written again with what --regions adds. Check: `pytest tests/test_write_regions.py`."""
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-from isal.isal_zlib import crc32
 
 from data.index import Index, load_indexes
 from data.parallel import run_parallel
 from data.shards import MANIFEST, find_shards, load_manifest
 from data.tars import member_names
-from data.write_shards.source import SPLITS, Entry, Listing, Source
+from data.write_shards.source import SPLITS, Entry, Listing, Source, read_parts
 from repghost.errors import UserError, printable
 from repghost.machine import available_cpus
 
@@ -70,14 +66,4 @@ def _source(index: Index, workers: int) -> Source:
             raise UserError(f"{index.shards[shard]}: no tar header before byte {offset}: copy it again")
         key = printable(names[shard][offset]).rpartition(".")[0]
         entries.append(Entry(key, index.shards[shard], label, size, offset, shard, checksum))
-    return Source(index.split, entries, read_samples, shuffle="kept")
-
-
-def read_samples(entries: Sequence[Entry]) -> Iterator[bytes]:
-    """The bytes of images in one shard. Raises UserError for one that is not what was indexed."""
-    with open(entries[0].file, "rb") as file:
-        for entry in entries:
-            content = os.pread(file.fileno(), entry.size, entry.offset or 0)
-            if crc32(content) != entry.crc32:
-                raise UserError(f"{entry}: its bytes changed since it was indexed (checksum differs): copy it again")
-            yield content
+    return Source(index.split, entries, read_parts, shuffle="kept")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from repghost.errors import UserError
 
@@ -84,6 +85,22 @@ class Listing:
             raise UserError(f"{self.root}: only one class ({''.join(self.classes)}), so there is nothing to learn")
         if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
             raise UserError(f"{self.root}: several classes are called {twice[0]}: give them names that differ")
+
+
+def read_parts(entries: Sequence[Entry]) -> Iterator[bytes]:
+    """The bytes of images that are parts of one file, and need not be near each other.
+
+    Raises UserError for one that is not what was indexed, where its checksum is known.
+    """
+    with open(entries[0].file, "rb") as file:
+        if hasattr(os, "posix_fadvise"):  # lets the disk sort the scattered reads
+            for entry in entries:
+                os.posix_fadvise(file.fileno(), entry.offset or 0, entry.size, os.POSIX_FADV_WILLNEED)
+        for entry in entries:
+            content = os.pread(file.fileno(), entry.size, entry.offset or 0)
+            if entry.crc32 is not None and crc32(content) != entry.crc32:
+                raise UserError(f"{entry}: its bytes changed since it was indexed (checksum differs): copy it again")
+            yield content
 
 
 def with_class(class_name: str, path: str) -> str:

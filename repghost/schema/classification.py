@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from repghost.schema.keys import Built, BuiltLater, Devices, Shards, Shared, Training
+from repghost.schema.keys import Built, BuiltLater, Evaluation, Shards, Training
 from repghost.schema.recipe import Recipe
 from repghost.schema.values import (
     Count,
@@ -152,16 +152,14 @@ class Teach(Train):
         return self
 
 
-class Evaluate(Shared):
+class Evaluate(Evaluation):
     """conf/evaluate.yaml."""
 
     run: Path | None = key("a run's folder: its averaged weights, and its data and preprocessing unless given here")
-    selection: Literal["last", "best_ema"] = key("which of the run's epochs")
     weights: Path | None = key("instead of run: timm (published), official:FILE, a file of any form, or a folder")
     width: Width = key("width multiplier of weights that do not say it themselves")
     image_size: ImageSize = key("side of the square that the network sees, in pixels")
     loader: Loader
-    precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
     report: Report | Annotated[list[Report], Field(min_length=1)] | None = key(
         "files in the run's folder, or beside results: classes and predictions are CSV, confusion and worst pictures",
         json_schema_extra={"words": "one of classes, predictions, confusion, worst, null, or several: [classes,worst]"},
@@ -171,7 +169,6 @@ class Evaluate(Shared):
     )
     real_labels: Path | None = key("ReaL's real.json, for data=imagenet_real")
     data: EvaluationData
-    trainer: Devices
     recipe: Any = Field(None, json_schema_extra={"unread": True})  # what a data set says of training
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from repghost.schema.keys import Built, BuiltLater, Devices, SGDRecipe, Shards, Shared, Training
+from repghost.schema.keys import Built, BuiltLater, Evaluation, SGDRecipe, Shards, Training
 from repghost.schema.values import (
     PAIR,
     Convert,
@@ -109,16 +109,13 @@ class TrainDetection(Training):
         return self
 
 
-class EvaluateDetection(Shared):
+class EvaluateDetection(Evaluation):
     """conf/evaluate_detection.yaml."""
 
     task: Literal["detection"] = key("what was trained", json_schema_extra={"words": "classification or detection"})
     run: Path = key("a run's folder: its averaged weights, and its data unless given here")
-    selection: Literal["last", "best_ema"] = key("which of the run's epochs")
-    precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
     report: DetectionReport | Annotated[list[DetectionReport], Field(min_length=1)] | None = key(
         "files in the run's folder: AP of every class, COCO's results in JSON, the best and worst images",
         json_schema_extra={"words": "one of classes, predictions, pictures, null, or several: [classes,pictures]"},
     )
     data: Shards
-    trainer: Devices

@@ -40,25 +40,6 @@ class BuiltLater(Built):
     partial: Partial
 
 
-class Shared(Part):
-    """What training and evaluation share: conf/base.yaml."""
-
-    results: Path = key("CSV file to which every finished evaluation appends a row")
-    deterministic: bool = key("use deterministic algorithms only")
-
-
-class Shards(Part):
-    """Shards of any task: what conf/data/imagenet.yaml and conf/data/coco.yaml have in common."""
-
-    target: Target
-    convert: Convert
-    root: Path | dict[str, Any] = key("folder of shards that `python -m data.write_shards` wrote, or its URL")
-    cache: Path = key("folder for downloads, indexes of others' shards and compiled code")
-    workers: Processes = key("processes, or threads of dali, of a rank that decode; auto: its share of the cores")
-    prefetch: Annotated[int, Field(ge=1, le=1024)] = key("batches that a worker, or dali, is ahead")
-    eval_batch_size: Annotated[int, Field(ge=1, le=16384)] = key("images per device and batch in evaluation")
-
-
 class Devices(BuiltLater):
     """conf/trainer."""
 
@@ -69,6 +50,32 @@ class Devices(BuiltLater):
     num_nodes: Annotated[int, Field(ge=1, le=65536)] = key("machines")
     threads: Annotated[int, Field(ge=1, le=1024)] | None = key("of PyTorch in a CPU process; null: one a core, at most")
     timeout_minutes: Annotated[float, Field(gt=0, le=43200)] = key("how long a rank waits for the others")
+
+
+class Shared(Part):
+    """What training and evaluation share: conf/base.yaml and conf/trainer."""
+
+    results: Path = key("CSV file to which every finished evaluation appends a row")
+    deterministic: bool = key("use deterministic algorithms only")
+    trainer: Devices
+
+
+class Evaluation(Shared):
+    """What evaluations of every task share."""
+
+    selection: Literal["last", "best_ema"] = key("which of the run's epochs")
+    precision: Literal["auto", "float32", "bf16", "fp16"] = key("of the evaluation")
+
+
+class Shards(Built):
+    """Shards of any task: what conf/data/imagenet.yaml and conf/data/coco.yaml have in common."""
+
+    convert: Convert
+    root: Path | dict[str, Any] = key("folder of shards that `python -m data.write_shards` wrote, or its URL")
+    cache: Path = key("folder for downloads, indexes of others' shards and compiled code")
+    workers: Processes = key("processes, or threads of dali, of a rank that decode; auto: its share of the cores")
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = key("batches that a worker, or dali, is ahead")
+    eval_batch_size: Annotated[int, Field(ge=1, le=16384)] = key("images per device and batch in evaluation")
 
 
 class SGDRecipe(Part):
@@ -127,7 +134,6 @@ class Training(Shared):
     profile: bool = key("write where the time of a step goes: profile.csv, and trace.json.gz for ui.perfetto.dev")
     checkpoint: Checkpoints
     curve_seconds: NotNegative = key("curve.png is drawn again at the end of an epoch when it is older")
-    trainer: Devices
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = key("passes over the training images")
     batch_size: Annotated[int, Field(ge=2, le=1_048_576)] = key("images of a step on all devices together")
     recipe: Any

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from repghost.schema.keys import SGDRecipe
+from repghost.schema.keys import Built, SGDRecipe
 from repghost.schema.values import (
     Colour,
     Count,
@@ -19,7 +19,6 @@ from repghost.schema.values import (
     ShareBelowOne,
     Shares,
     Std,
-    Target,
     key,
 )
 
@@ -44,10 +43,9 @@ class Erase(Part):
     aspect: Positives = key("range of the rectangle's height / width")
 
 
-class Augment(Part):
+class Augment(Built):
     """`recipe.augment`."""
 
-    target: Target
     flip: Share = key("probability of a horizontal flip")
     jitter: Jitter | None = key("colour jitter of the narrower networks; null: none")
     rand_augment: RandAugment | None = key("RandAugment of the wider networks (arXiv 1909.13719); null: none")

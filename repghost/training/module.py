@@ -56,7 +56,6 @@ class TrainingModule(LightningModule):
         self.history: list[dict[str, float]] = []
         self._average_ranks: RankAverage | None = None
         self._collected = False  # Python's garbage
-        self._counts = BatchCounts(self.model, self.ema.model)
         self._steps: deque[tuple[HostCopy, int, int, Tensor]] = deque()  # loss is finite, epoch, batch, positions
         self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss, images of the running epoch on this rank
         # config.yaml, which says more, may have been lost.
@@ -108,7 +107,6 @@ class TrainingModule(LightningModule):
         self.ema.to(self.device)
         self._train_sums = self._train_sums.to(self.device)
         self._counts = BatchCounts(self.model, self.ema.model)  # of the tensors on this device
-        self._counts.take_out()
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._average_ranks = RankAverage(self.model)
 
@@ -165,7 +163,7 @@ class TrainingModule(LightningModule):
 
     def on_train_end(self) -> None:
         gc.unfreeze()
-        self._counts.put_back()
+        self._counts.end()
 
     @property
     def images_per_batch(self) -> int:
@@ -190,14 +188,8 @@ class TrainingModule(LightningModule):
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """With BatchNorm's counters, which are not in the network while it is trained."""
-        with self._counts.in_place():
-            return super().state_dict(*arguments, **options)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        with self._counts.in_place():
-            checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
+        checkpoint["run"], checkpoint["ema"] = self._run, self.ema.model.state_dict()
         checkpoint["history"] = self.history
         checkpoint["train_sums"] = torch.as_tensor(self.all_gather(self._train_sums)).reshape(-1, 2)
 
