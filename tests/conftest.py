@@ -81,10 +81,10 @@ def no_shortcuts() -> None:
 @pytest.fixture(scope="module")
 def few_blocks() -> Iterator[None]:
     """Networks have few blocks in all tests of a module, and in its fixtures."""
-    from helpers import FEW_BLOCKS, use_blocks
+    from helpers import use_blocks
 
     with pytest.MonkeyPatch.context() as patched:
-        use_blocks(patched, FEW_BLOCKS)
+        use_blocks(patched)
         yield
 
 
@@ -134,12 +134,12 @@ Program = Callable[..., int]
 
 def train_in(folder: Path, *arguments: str) -> None:
     """Trains a tiny network, for fixtures that several tests share; `train_tiny` is for one test."""
-    from helpers import FEW_BLOCKS, use_blocks
+    from helpers import use_blocks
 
     use_one_thread()
     with pytest.MonkeyPatch.context() as patched:
         take_shortcuts(patched)
-        use_blocks(patched, FEW_BLOCKS)
+        use_blocks(patched)
         patched.chdir(folder)
         patched.setattr(sys, "argv", ["train.py", *TINY, *arguments])
         train.main()
@@ -161,14 +161,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
 
     Networks have few blocks, unless the test has the fixture `all_blocks` or `no_shortcuts`.
     """
-    from helpers import FEW_BLOCKS, use_blocks
+    from helpers import use_blocks
 
     use_one_thread()
     monkeypatch.chdir(tmp_path)
     if "no_shortcuts" not in request.fixturenames:
         take_shortcuts(monkeypatch)
     if not {"no_shortcuts", "all_blocks"} & {*request.fixturenames}:
-        use_blocks(monkeypatch, FEW_BLOCKS)
+        use_blocks(monkeypatch)
 
     def program(main: Callable[[], None], *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *arguments])
@@ -217,8 +217,8 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 def forked_ranks(monkeypatch: pytest.MonkeyPatch, all_blocks: None) -> None:
     """The ranks of a run are copies of this process instead of new ones, which would import everything first.
 
-    New ones all the same where another test has started autograd's threads, after which no copy could train: these
-    know nothing of networks with few blocks.
+    New ones all the same where a GPU has made autograd start threads, after which no copy could train: these know
+    nothing of networks with few blocks.
     """
     import torch
     from torch.distributed.launcher.api import LaunchConfig

@@ -41,7 +41,7 @@ def _macs_of(stages: object) -> object:
     return cache(model._count_macs.__wrapped__)
 
 
-def use_blocks(patched: pytest.MonkeyPatch, stages: object) -> None:
+def use_blocks(patched: pytest.MonkeyPatch, stages: object = FEW_BLOCKS) -> None:
     """Networks that are built from here on have these blocks."""
     patched.setattr(model, "STAGES", stages)
     patched.setattr(model, "_count_macs", _macs_of(stages))

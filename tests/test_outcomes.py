@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import take_shortcuts, train_in
-from helpers import FEW_BLOCKS, time_limit, use_blocks
+from helpers import time_limit, use_blocks
 from images import encoded, make_class_folders, make_images, patch
 from outcomes import REFUSED, SLOW, WORKS
 from safetensors.torch import save_file
@@ -53,7 +53,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, 
     make_images(found["broken"], train=5, val=3)
     (found["broken"] / "train" / "cat" / "broken.jpg").write_bytes(b"<html>404</html>")
     with pytest.MonkeyPatch.context() as patched:
-        use_blocks(patched, FEW_BLOCKS)
+        use_blocks(patched)
         found |= _weights(base)
     found |= _files(base) | _shards(base, shards)
     found["shards"] = shards
